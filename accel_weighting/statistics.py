@@ -55,11 +55,13 @@ class Method:
         positive_losses: Whether the method divides by losses and needs them positive.
         acts_on: ``"losses"``: weights multiply the losses, heads feel them. ``"shared"``: weights act on the gradient
             that reaches the shared representation; heads keep their raw gradients.
+        keeps_sum: Whether the weights always have the sum that they began with.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     positive_losses: ClassVar[bool] = False
     acts_on: ClassVar[Literal["losses", "shared"]] = "losses"
+    keeps_sum: ClassVar[bool] = False
 
     def init(
         self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
@@ -76,9 +78,7 @@ class Method:
         raise NotImplementedError
 
 
-def initial_vector(
-    tasks: Sequence[str], values: Mapping[str, float] | Tensor | None, default: float = 1.0
-) -> Tensor:
+def initial_vector(tasks: Sequence[str], values: Mapping[str, float] | Tensor | None, default: float = 1.0) -> Tensor:
     """``values`` as a float64 vector in task order; tasks that are not named get ``default``."""
     if values is None:
         return torch.full((len(tasks),), default, dtype=torch.float64)

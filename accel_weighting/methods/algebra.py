@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Literal
+
 import torch
 from torch import Tensor
+
+from accel_weighting.statistics import Method, State, Statistics, initial_vector
 
 FLOOR = 1e-6
 """Smallest weight on a loss. At 0 the gradient of that task could no longer be observed in the one backward."""
@@ -24,3 +29,146 @@ def share(old: Tensor, new: Tensor, present: Tensor) -> Tensor:
     proposed = new[present].clamp(min=FLOOR)
     weights[present] = proposed * (left / proposed.sum())
     return weights
+
+
+RANK = 1e-7
+"""Relative eigenvalue of a matrix of cosines below which it counts as 0: gradients are met in float32."""
+
+LIMIT = 1e3
+"""Largest weight, about, that a Gram method may answer with where its own formula has a pole."""
+
+
+class GramMethod(Method):
+    """Base of the methods that are a function of the Gram matrix alone: they only say how to ``solve`` it.
+
+    The present tasks' block of the Gram matrix is divided by its mean diagonal entry, so that the root mean square of
+    the gradients' norms is 1, and solved. Where there is nothing to go by (before the first window, or where all
+    gradients vanish) the gradients are taken for orthonormal.
+
+    Attributes:
+        total: The sum of the weights, where the method keeps one: the present tasks then share what the absent ones
+            leave of it, or keep their own weights if nothing is left. None: they take the solution as it is.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+    acts_on: ClassVar[Literal["losses", "shared"]] = "shared"
+    total: ClassVar[float | None] = None
+
+    def solve(self, M: Tensor) -> Tensor:
+        """The weights ``[K]`` for a Gram matrix ``M``, float64 ``[K, K]``, of mean diagonal 1, no task absent."""
+        raise NotImplementedError
+
+    def init(
+        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """The solution for orthonormal gradients; tasks named in ``initial_weights`` have theirs."""
+        weights = self.solve(torch.eye(len(tasks), dtype=torch.float64))
+        if initial_weights is not None:
+            weights = initial_vector(tasks, initial_weights, default=float(weights[0]))
+        return weights, {"weights": weights}
+
+    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+        """The solution for this window's Gram matrix; the state holds nothing but the weights."""
+        weights = solve_present(self.solve, state["weights"], statistics, self.total)
+        return weights, {"weights": weights}
+
+
+def solve_present(
+    solve: Callable[[Tensor], Tensor], old: Tensor, statistics: Statistics, total: float | None = None
+) -> Tensor:
+    """Drops absent tasks, normalises the Gram matrix by its trace, solves, and puts the weights back in place.
+
+    Args:
+        solve: From a Gram matrix of mean diagonal 1 to its weights; they sum to 1 where there is a ``total``.
+        old: Weights before, ``[K]``; absent tasks keep theirs.
+        statistics: The window; its ``gram`` and ``present`` are read.
+        total: The sum of all K weights, see :class:`GramMethod`.
+    """
+    assert statistics.gram is not None
+    present = statistics.present
+    weights = old.clone()
+    left = 1.0 if total is None else total - float(old[~present].sum())
+    if not present.any() or left <= 0:
+        return weights
+    M = statistics.gram[present][:, present].to(torch.float64)
+    scale = M.diagonal().mean()
+    M = (M + M.T) / (2 * scale) if scale > 0 else torch.eye(len(M), dtype=torch.float64)
+    weights[present] = left * solve(M)
+    return weights
+
+
+def cosines(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines ``[K, K]`` and norms ``[K]`` of the gradients whose Gram matrix is ``M``; a zero gradient has cosines 0."""
+    n = M.diagonal().clamp(min=0).sqrt()
+    inverse = torch.where(n > 0, 1 / n, 0.0)
+    return M * inverse * inverse[:, None], n
+
+
+def equal_projections(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients of the unit gradients ``u_k`` whose sum ``Σ a_k u_k`` has equal projections on all of them.
+
+    ``a = C⁺1`` with the cosines C; the gradients' lengths play no part. Where 1 is in the null space of C the unit
+    gradients cancel each other out and ``a = 1`` is the limit of ``(C + εI)⁻¹1``, up to a factor.
+
+    Returns:
+        ``a / n``, ``[K]``, the coefficients of the gradients themselves (0 for a zero gradient); the projections on
+        ``u_k``, ``[K]``, which are 1 where C is regular; and ``Σa``.
+    """
+    C, n = cosines(M)
+    a = torch.linalg.pinv(C, rtol=RANK, hermitian=True).sum(1)
+    p = C @ a
+    if a.sum() <= RANK * len(M):
+        a = p = (n > 0).to(M.dtype)
+    return torch.where(n > 0, a / n, 0.0), p, a.sum()
+
+
+def mixed_seed(seed: int, counter: int) -> int:
+    """A seed for draw number ``counter``: 32 bits, since torch's CPU generator reads no more of it."""
+    return (seed * 0x9E3779B1 + counter) & 0xFFFFFFFF
+
+
+def min_norm(M: Tensor) -> Tensor:
+    """``argmin αᵀMα`` over the simplex: the shortest vector in the convex hull of the gradients. Exact.
+
+    With ``m > 0`` it is ``α = u/Σu``, ``u = argmin_{u ≥ 0} ½uᵀ(M + m·11ᵀ)u − 1ᵀu`` (their optimality conditions are
+    the same), for any m; the smallest diagonal entry keeps the digits of short gradients. Of several minimisers it
+    takes, nearly, the one with the smallest ‖α‖, so that equal tasks have equal weights.
+    """
+    m = M.diagonal().min()
+    if m <= 0:
+        zero = (M.diagonal() <= 0).to(M.dtype)
+        return zero / zero.sum()
+    s = (M.diagonal() / m + 1).rsqrt()  # scales the diagonal to 1, after a division by m
+    Q = (M / m + 1) * s * s[:, None]
+    values, V = torch.linalg.eigh(Q)
+    null = V[:, values < 1e-13 * len(M)]
+    P = 1e-6 * null @ null.T
+    x = nonnegative_minimum(Q + P, s)
+    for _ in range(3 * bool(P.any())):  # proximal steps: what P took off the optimum is given back
+        x = nonnegative_minimum(Q + P, s + P @ x)
+    return s * x / (s * x).sum()
+
+
+def nonnegative_minimum(Q: Tensor, b: Tensor) -> Tensor:
+    """``argmin_{x ≥ 0} ½xᵀQx − bᵀx`` for a positive definite ``Q``, by the active set of Lawson and Hanson (1974)."""
+    x = torch.zeros_like(b)
+    free = torch.zeros_like(b, dtype=torch.bool)
+    for _ in range(10 * len(b)):
+        descent = b - Q @ x
+        noise = 8 * torch.finfo(b.dtype).eps * (Q.abs() @ x + b.abs())
+        candidates = ~free & (descent > noise)
+        if not candidates.any():
+            break
+        free[descent.where(candidates, -torch.inf).argmax()] = True
+        while True:
+            z = torch.zeros_like(x)
+            z[free] = torch.linalg.solve(Q[free][:, free], b[free])
+            blocking = free & (z <= 0)
+            if not blocking.any():
+                break
+            step = (x / (x - z)).where(blocking, torch.inf)
+            x = x + step.min() * (z - x)
+            free = free & (step > step.min())
+            x = x.where(free, 0.0)
+        x = z
+    return x

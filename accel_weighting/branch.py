@@ -1,0 +1,380 @@
+"""The join: one alias of the shared representation per task, whose gradients meet, apart, in the one backward.
+
+The only place that knows autograd. In a forward the shared representation ``z`` is divided into one alias per task (a
+view, no copy). In the one backward every task's gradient arrives at its own alias; they meet in one opaque operator,
+which measures them and hands their sum on to the trunk. What arrives at the vector of losses in the same backward,
+``c = weight · loss scale / accumulation``, tells by how much the gradients were multiplied on the way.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
+
+from . import checks
+
+CHUNK = 1 << 20
+"""Elements per task that are gathered at once: bounds the memory of the products whatever the size of z."""
+
+_BRANCHES: weakref.WeakValueDictionary[int, Branch] = weakref.WeakValueDictionary()
+_KEYS = itertools.count()
+
+
+@torch.library.custom_op(
+    "accel_weighting::meet", mutates_args=(), schema="(Tensor?[] gradients, Tensor? inputs, int key) -> Tensor"
+)
+def _meet(gradients: list[Tensor | None], inputs: Tensor | None, key: int) -> Tensor:
+    """The gradients of one join meet. Opaque, so that torch.compile sees no side effect and breaks no graph."""
+    branch = _BRANCHES.get(key)
+    arrived = [g for g in gradients if g is not None]
+    with torch.autocast(arrived[0].device.type, enabled=False):
+        if branch is not None:
+            shared = branch.meet(gradients, inputs)
+            if shared is not None:
+                return shared
+        return _sum(arrived)
+
+
+@_meet.register_fake
+def _(gradients: list[Tensor | None], inputs: Tensor | None, key: int) -> Tensor:
+    return torch.empty_like(next(g for g in gradients if g is not None))
+
+
+def _sum(gradients: Sequence[Tensor]) -> Tensor:
+    """A fresh sum; stacked while that is small, since one kernel is then cheaper than several."""
+    if len(gradients) == 1:
+        return gradients[0].clone()
+    if gradients[0].numel() <= CHUNK:
+        return torch.stack(tuple(gradients)).sum(0)
+    total = gradients[0] + gradients[1]
+    for g in gradients[2:]:
+        total += g
+    return total
+
+
+class _Join(torch.autograd.Function):
+    """``z`` to one alias per task; backward is the one operator above."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, inputs: Tensor | None, key: int, tasks: int) -> tuple[Tensor, ...]:
+        ctx.key = key
+        ctx.set_materialize_grads(False)
+        ctx.with_inputs = inputs is not None
+        if inputs is not None:  # saved tensors would forbid a second pass that the heads alone allow
+            ctx.save_for_backward(inputs)
+        return tuple(z.view_as(z) for _ in range(tasks))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        if all(g is None for g in gradients):
+            return None, None, None, None
+        inputs = ctx.saved_tensors[0] if ctx.with_inputs else None
+        return torch.ops.accel_weighting.meet(list(gradients), inputs, ctx.key), None, None, None
+
+
+class _Nothing(torch.autograd.Function):
+    """A zero that sends zeros back, whatever the values: keeps a head in the graph when its task has no samples."""
+
+    @staticmethod
+    def forward(ctx: Any, *outputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*outputs)
+        return outputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(output) for output in ctx.saved_tensors)
+
+
+def nothing(outputs: Sequence[Tensor]) -> Tensor:
+    """A scalar 0 that depends on ``outputs``, each of which gets a gradient of zeros."""
+    return _Nothing.apply(*outputs)
+
+
+@dataclass
+class Block:
+    """One micro-batch, from ``combine`` to the end of its backward.
+
+    Attributes:
+        present: Indices of the tasks that are in it.
+        scale: What every task's gradient is divided by besides its factor, ``[K]`` (the reciprocal of its number of
+            items), or None.
+        shared_weights: Weights on the shared path, ``[K]`` on the device, or None where weights act on the losses.
+        record: Whether the statistics take it in.
+        factors: ``c``, ``[K]``, once the backward has begun.
+        arrived: Tasks whose gradient came to a join.
+    """
+
+    present: frozenset[int]
+    scale: Tensor | None = None
+    shared_weights: Tensor | None = None
+    record: bool = True
+    factors: Tensor | None = None
+    arrived: set[int] = field(default_factory=set)
+
+
+@dataclass
+class _Forward:
+    """The join that the heads of one forward share."""
+
+    z: Tensor
+    aliases: tuple[Tensor, ...]
+    graph_task: int
+    taken: set[int] = field(default_factory=set)
+
+
+def _graph_task() -> int:
+    """Which backward is running: a recomputed forward (activation checkpointing) must not meet the next real one."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one: the same object, or an alias that an engine made of it on the way to a head."""
+    if a is b:
+        return True
+    if torch.compiler.is_compiling() or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
+
+
+class Branch:
+    """The branch point: divides z, meets the gradients, and gives what it measured to ``sink``.
+
+    Args:
+        tasks: Task names.
+        sink: Called as ``sink(name, tensor)`` with every sum over rows that a backward measured: ``"gram"`` ``[K, K]``,
+            or, with a shared layer, ``"matrices"`` ``[K, out, in]``; both already free of the factors.
+        find_heads: Gives the heads' modules in task order; None where the model calls ``branch`` itself. It is asked
+            again when the hooks move, since an engine may have replaced a module.
+        find_shared_layer: Likewise the ``nn.Linear`` whose output is the branch point, or None.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        sink: Callable[[str, Tensor], None],
+        find_heads: Callable[[], Sequence[nn.Module]] | None = None,
+        find_shared_layer: Callable[[], nn.Linear] | None = None,
+    ) -> None:
+        self.tasks = tuple(tasks)
+        self.split = False  # heads of one forward were fed different tensors: only norms are known
+        self.frozen_trunk = False  # z came without a graph
+        self.armed: Block | None = None
+        self._sink = sink
+        self._find_heads = find_heads
+        self._find_shared_layer = find_shared_layer
+        self._forward: _Forward | None = None
+        self._layer: tuple[Tensor, Tensor] | None = None
+        self._outputs: dict[int, list[Tensor]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._key = next(_KEYS)
+        _BRANCHES[self._key] = self
+
+    # ---- hooks -------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Hooks the heads, in front of whatever an engine hooked there.
+
+        Engines hand every head an alias of z of its own (FSDP2 and ZeRO-3 in forward pre-hooks); only a hook that runs
+        before theirs sees that the heads share one z.
+        """
+        self.detach()
+        if self._find_shared_layer is not None:
+            self._handles.append(self._find_shared_layer().register_forward_hook(self._after_layer))
+        for k, head in enumerate(self._find_heads() if self._find_heads is not None else ()):
+            self._handles += (
+                head.register_forward_pre_hook(partial(self._before_head, k), prepend=True, with_kwargs=True),
+                head.register_forward_hook(partial(self._after_head, k)),
+            )
+
+    def attach_again_at_first_forward(self) -> None:
+        """For a model that is not prepared yet: the hooks move to the front once the engine's are there."""
+        branch = weakref.ref(self)
+
+        def first_forward(module: nn.Module, args: Any) -> None:
+            if torch.compiler.is_compiling():
+                return
+            handle.remove()
+            if (alive := branch()) is not None and handle in alive._handles:
+                alive.attach()
+
+        handle = nn.modules.module.register_module_forward_pre_hook(first_forward)
+        self._handles.append(handle)
+
+    def detach(self) -> None:
+        """Removes every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what the last forward left: the open join and the heads' outputs."""
+        self._forward = self._layer = None
+        self._outputs.clear()
+
+    def _before_head(
+        self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        for i, value in enumerate(args):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return (*args[:i], self._alias(value, k), *args[i + 1 :]), kwargs
+        for name, value in kwargs.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return args, {**kwargs, name: self._alias(value, k)}
+        raise checks.head_without_input(self.tasks[k])
+
+    def _after_head(self, k: int, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._outputs[k] = [o for o in pytree.tree_leaves(output) if isinstance(o, Tensor) and o.requires_grad]
+
+    def _after_layer(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            self._layer = (args[0].detach(), output)
+
+    # ---- forward -----------------------------------------------------------------------------------------------
+
+    def __call__(self, z: Tensor) -> dict[str, Tensor]:
+        """One alias of ``z`` per task."""
+        return dict(zip(self.tasks, self._join(z), strict=True))
+
+    def head_outputs(self, k: int) -> list[Tensor]:
+        """What head ``k`` gave in the last forward, tensors with a graph only."""
+        return self._outputs.get(k, [])
+
+    def _join(self, z: Tensor) -> tuple[Tensor, ...]:
+        if not torch.is_grad_enabled():
+            return (z,) * len(self.tasks)
+        if not z.requires_grad:
+            self.frozen_trunk = True
+            return (z,) * len(self.tasks)
+        self.frozen_trunk = False
+        inputs = None
+        if self._find_shared_layer is not None:
+            if self._layer is None or not _same(self._layer[1], z):
+                raise checks.shared_layer_is_not_the_branch()
+            inputs, self._layer = self._layer[0], None
+        return _Join.apply(z, inputs, self._key, len(self.tasks))
+
+    def _alias(self, z: Tensor, k: int) -> Tensor:
+        graph_task = _graph_task()
+        forward = self._forward
+        if forward is not None and (forward.graph_task != graph_task or k in forward.taken):
+            forward = None
+        if forward is not None and not _same(forward.z, z):
+            self.split, forward = True, None
+        if forward is None:
+            self._forward = forward = _Forward(z, self._join(z), graph_task)
+        forward.taken.add(k)
+        if len(forward.taken) == len(self.tasks):
+            self._forward = None
+        return forward.aliases[k]
+
+    # ---- backward ----------------------------------------------------------------------------------------------
+
+    def arm(self, losses: Tensor, block: Block) -> None:
+        """From the moment the backward passes ``losses`` ``[K]`` to its end, gradients that meet belong to ``block``.
+
+        Any other gradient through the branch (a generator's step through the discriminator, a user's own
+        ``torch.autograd.grad``) passes unrecorded and unweighted.
+        """
+
+        def begins(factors: Tensor) -> None:
+            block.factors = factors.detach()
+            self.armed = block
+            Variable._execution_engine.queue_callback(self.disarm)
+
+        losses.register_hook(begins)
+
+    def disarm(self) -> None:
+        """The backward is over."""
+        self.armed = None
+        self.forget()
+
+    def meet(self, gradients: Sequence[Tensor | None], inputs: Tensor | None) -> Tensor | None:
+        """Measures the gradients of one join; their weighted sum where weights act on the shared path, else None."""
+        block = self.armed
+        if block is None:
+            return None
+        arrived = {k for k, g in enumerate(gradients) if g is not None} & block.present
+        block.arrived |= arrived
+        if block.record and arrived:
+            assert block.factors is not None
+            rows = [gradients[k] if k in arrived else None for k in range(len(gradients))]
+            c = block.factors if block.scale is None else block.factors * block.scale
+            if inputs is None:
+                c = c.double()
+                self._sink("gram", _gram(rows) / torch.outer(c, c))
+            else:
+                self._sink("matrices", _matrices(rows, inputs) / c[:, None, None])
+        if block.shared_weights is None:
+            return None
+        weighted = [block.shared_weights[k].to(g.dtype) * g for k, g in enumerate(gradients) if g is not None]
+        return _sum(weighted)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """float32 or wider: products of half-precision gradients overflow."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _gram(rows: Sequence[Tensor | None]) -> Tensor:
+    """Inner products of all gradients of a join, ``[K, K]``; rows that are None count as zeros."""
+    some = next(g for g in rows if g is not None)
+    flat = [None if g is None else g.reshape(-1) for g in rows]
+    gram = None
+    for start in range(0, some.numel(), CHUNK):
+        zeros = some.new_zeros(min(CHUNK, some.numel() - start))
+        V = _wide(torch.stack([zeros if g is None else g[start : start + CHUNK] for g in flat]))
+        gram = V @ V.T if gram is None else gram + V @ V.T
+    return gram if gram is not None else some.new_zeros(len(rows), len(rows), dtype=torch.float32)
+
+
+def _matrices(rows: Sequence[Tensor | None], inputs: Tensor) -> Tensor:
+    """``g_kᵀ a`` of every task: its gradient at the weight of the Linear that gave z, ``[K, out, in]``."""
+    a = _wide(inputs.reshape(-1, inputs.shape[-1]))
+    some = next(g for g in rows if g is not None)
+    zeros = a.new_zeros(some.shape[-1], a.shape[-1])
+    return torch.stack([zeros if g is None else _wide(g.reshape(-1, g.shape[-1])).T @ a for g in rows])
+
+
+def locate(name: str, model: nn.Module) -> nn.Module | None:
+    """The submodule called ``name``, looking through the wrappers that engines and torch.compile put in between."""
+    module: Any = _unwrap(model)
+    for part in name.split("."):
+        module = getattr(module, part, None)
+        if not isinstance(module, nn.Module):
+            return None
+        module = _unwrap(module)
+    return module
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    while True:
+        for inner in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
+            if isinstance(getattr(module, inner, None), nn.Module):
+                module = getattr(module, inner)
+                break
+        else:
+            if type(module).__name__ not in ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine"):
+                return module
+            module = module.module  # type: ignore[assignment]
+
+
+def heads_by_task(
+    tasks: Sequence[str], heads: Mapping[str, nn.Module | str], model: nn.Module | None
+) -> list[nn.Module]:
+    """The heads' modules in task order; complains about all that cannot be found at once."""
+    found = [head if isinstance(head, nn.Module) else locate(head, model) for head in (heads[t] for t in tasks)]
+    if None in found:
+        raise checks.modules_not_found([str(heads[t]) for t, head in zip(tasks, found, strict=True) if head is None])
+    return found  # type: ignore[return-value]

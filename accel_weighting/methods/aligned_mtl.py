@@ -1,0 +1,49 @@
+"""Aligned-MTL: the gradients, replaced by the nearest orthogonal ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from accel_weighting.methods.algebra import RANK, GramMethod, cosines
+
+
+@dataclass(frozen=True)
+class AlignedMTL(GramMethod):
+    """Independent component alignment: the mean gradient after ``M = VΛVᵀ`` is made ``σ²I`` (Alg. 1).
+
+    ``B = σ V Λ^{-1/2} Vᵀ`` aligns the gradients, all of them to length σ, and the weights are the row means of B: those
+    of a mean, as TorchJD's with its default preferences.
+
+    Only the rank of M counts as many eigenvalues; it is read from the cosines, in which a short gradient weighs as
+    much as a long one. A zero gradient has weight 0.
+
+    Args:
+        scale: σ² is the ``"min"``, as in the paper, ``"median"`` or ``"rmse"`` (mean) eigenvalue.
+
+    Raises:
+        ValueError: ``scale`` is unknown.
+
+    Source: Senushkin et al., Independent Component Alignment for Multi-Task Learning, CVPR 2023, arXiv 2305.19000.
+    """
+
+    scale: Literal["min", "median", "rmse"] = "min"
+
+    def __post_init__(self) -> None:
+        if self.scale not in ("min", "median", "rmse"):
+            raise ValueError(f"Parameter `scale` must be 'min', 'median' or 'rmse'. Found `scale = {self.scale!r}`.")
+
+    def solve(self, M: Tensor) -> Tensor:
+        """Row means of the balance matrix B, ``[K]``."""
+        c = torch.linalg.eigvalsh(cosines(M)[0])
+        rank = int((c > RANK * c[-1]).sum())
+        values, V = torch.linalg.eigh(M)
+        keep = values > torch.finfo(M.dtype).eps * len(M) * values[-1]
+        keep[: len(M) - rank] = False
+        values, V = values[keep], V[:, keep]
+        sigma = {"min": values[0], "median": values.median(), "rmse": values.mean()}[self.scale].sqrt()
+        B = sigma * (V * values.rsqrt()) @ V.T
+        return B.mean(1)

@@ -1,0 +1,43 @@
+"""MGDA: the shortest vector in the convex hull of the gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from accel_weighting.methods.algebra import GramMethod, cosines, min_norm
+
+
+@dataclass(frozen=True)
+class MGDA(GramMethod):
+    """Multiple-gradient descent: ``min_α ‖Σ α_k g_k‖²  s.t.  Σ α_k = 1, α_k ≥ 0`` (Sener and Koltun, eq. 3).
+
+    The minimiser is a common descent direction, or 0 at a Pareto-stationary point. It is exact here (an active set), not
+    the paper's Frank–Wolfe iteration. Read at the shared representation, as the weighter does by default, this is the
+    paper's MGDA-UB (its eq. 6). Of several minimisers it takes the most even one; zero gradients share all the weight.
+
+    The weights sum to 1, as TorchJD's do. Short gradients get the most of it: ``α_k ∝ 1/n_k²`` if all are orthogonal.
+
+    Args:
+        normalize: ``"norm"`` solves for the gradients divided by their norms and, as in the authors' code, applies the
+            weights to the gradients as they are. None leaves them alone.
+
+    Raises:
+        ValueError: ``normalize`` is unknown.
+
+    Source: Désidéri, C. R. Acad. Sci. 350, 2012; Sener and Koltun, NeurIPS 2018, arXiv 1810.04650.
+    """
+
+    total: ClassVar[float | None] = 1.0
+
+    normalize: Literal["norm"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.normalize not in (None, "norm"):
+            raise ValueError(f"Parameter `normalize` must be None or 'norm'. Found `normalize = {self.normalize!r}`.")
+
+    def solve(self, M: Tensor) -> Tensor:
+        """The minimiser α, ``[K]``."""
+        return min_norm(cosines(M)[0] if self.normalize == "norm" else M)

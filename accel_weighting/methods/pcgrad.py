@@ -1,0 +1,56 @@
+"""PCGrad: every gradient gives up what conflicts with the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accel_weighting.methods.algebra import GramMethod, mixed_seed, solve_present
+from accel_weighting.statistics import State, Statistics
+
+
+@dataclass(frozen=True)
+class PCGrad(GramMethod):
+    """Gradient surgery: ``g_i ← g_i − (g_i·g_j / ‖g_j‖²) g_j`` wherever ``g_i·g_j < 0``, j in random order (Alg. 1).
+
+    All projections are kept as coefficients of the original gradients, so the Gram matrix is enough. The weights are
+    those of the paper's sum ``Σ_i g_i^PC``, as in TorchJD: 1 each where nothing conflicts, and never below that.
+
+    The order depends on ``seed`` and on a counter in the state, on nothing else: alike on all processes, and a resumed
+    run goes on where it was. It makes no difference for two tasks.
+
+    Args:
+        seed: Seed of the orders, the same on every process.
+
+    Source: Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020, arXiv 2001.06782.
+    """
+
+    seed: int = 0
+
+    def init(
+        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Weights 1, as for orthonormal gradients, unless ``initial_weights`` say otherwise."""
+        weights, state = super().init(tasks, initial_weights)
+        return weights, {**state, "counter": torch.tensor(0)}
+
+    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+        """Projects the present tasks' gradients, in the next random order."""
+        counter = state["counter"]
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, int(counter)))
+        weights = solve_present(lambda M: self.solve(M, generator), state["weights"], statistics)
+        return weights, {"weights": weights, "counter": counter + 1}
+
+    def solve(self, M: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Sum over the rows of W, where ``g_i^PC = Σ_k W_ik g_k``."""
+        i = torch.arange(len(M))
+        W = torch.eye(len(M), dtype=M.dtype)
+        orders = torch.stack([torch.randperm(len(M), generator=generator) for _ in i])
+        for j in orders.T:  # each task's next opponent
+            inner = (W * M[j]).sum(1)  # g_i^PC · g_j
+            conflict = (inner < 0) & (i != j)
+            W[i, j] -= torch.where(conflict, inner / M[j, j], 0.0)
+        return W.sum(0)

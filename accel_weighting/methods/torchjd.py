@@ -1,0 +1,167 @@
+"""Every weighting of TorchJD that takes a Gramian, as a method."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from accel_weighting.methods.algebra import mixed_seed, solve_present
+from accel_weighting.statistics import Method, State, Statistics, initial_vector
+
+_NOT_GRAMIAN = {"ExcessMTLWeighting", "MoDoWeighting", "SDMGradWeighting", "_NashMTLWeighting"}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TorchJDWeighting(Method):
+    """A ``torchjd.aggregation.*Weighting`` on the Gram matrix of the global batch, solved alike on every process.
+
+    The Gram matrix comes in float64, without absent tasks, divided by its mean diagonal entry (TorchJD's ``norm_eps`` is
+    compared with its trace, and would make small gradients zero). A task that is alone has weight 1. An answer that is
+    not finite leaves the weights as they were. Random weightings draw from a seed of ``seed`` and a counter, and leave the
+    global generators alone.
+
+    The weighting is copied, reset and never called itself: what its calls change (``GradVacWeighting``,
+    ``PCDWeighting``, ``CRMOGMWeighting``) is kept in the state, where every dimension of K entries belongs to the tasks. It
+    begins with the first window in which no task is absent; later an absent task keeps its part.
+
+    UPGrad and DualProj lose their guarantee for a gradient of 1 % of the others' length at TorchJD's default
+    regularisation: give them ``QuadprogProjector(norm_eps=0, reg_eps=1e-9)``. For PCD, the first *present* task is the primary.
+
+    Args:
+        weighting: For example ``UPGradWeighting()``.
+        seed: Seed of random weightings, the same on every process.
+
+    Raises:
+        ImportError: TorchJD is not installed.
+        TypeError: ``weighting`` is not one of TorchJD's weightings.
+        ValueError: It needs the Jacobian, or two batches.
+
+    Source: https://torchjd.org, tested with 0.18.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+    acts_on: ClassVar[Literal["losses", "shared"]] = "shared"
+
+    weighting: Any
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        try:
+            from torchjd.aggregation import Weighting
+        except ImportError as error:
+            raise ImportError("TorchJDWeighting needs TorchJD: `pip install accel_weighting[torchjd]`.") from error
+        name = type(self.weighting).__name__
+        if not isinstance(self.weighting, Weighting):
+            raise TypeError(
+                "Parameter `weighting` must be an instance of a `torchjd.aggregation.*Weighting`, such as "
+                f"`UPGradWeighting()`. Found `weighting = {self.weighting!r}`."
+            )
+        if name in _NOT_GRAMIAN:
+            raise ValueError(f"{name} needs the Jacobian, or two batches; only the Gram matrix of one is known.")
+        weighting = copy.deepcopy(self.weighting)
+        if hasattr(weighting, "reset"):
+            weighting.reset()
+        floats = {key: value.double() for key, value in _tensors(weighting).items() if value.is_floating_point()}
+        _restore(weighting, floats)
+        object.__setattr__(self, "weighting", weighting)
+
+    def __repr__(self) -> str:
+        return f"TorchJDWeighting({_describe(self.weighting)}, seed={self.seed})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TorchJDWeighting) and repr(self) == repr(other)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def init(
+        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """The answer for orthonormal gradients unless ``initial_weights`` are given; the memory is still empty."""
+        K = len(tasks)
+        weights, memory = self._call(torch.eye(K, dtype=torch.float64), {}, 0)
+        if initial_weights is not None or not weights.isfinite().all():
+            weights = initial_vector(tasks, initial_weights)
+        empty = {f"memory.{key}": torch.zeros_like(value) for key, value in memory.items()}
+        return weights, {"weights": weights, "counter": torch.tensor(1), "started": torch.tensor(False), **empty}
+
+    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+        """Calls a copy of the weighting that remembers what the state says."""
+        K, rows, started = len(statistics.present), statistics.present.nonzero()[:, 0], bool(state["started"])
+        old = {key.removeprefix("memory."): value for key, value in state.items() if key.startswith("memory.")}
+        index = {key: _index(value, K, rows) for key, value in old.items()}
+        new: State = {}
+
+        def solve(M: Tensor) -> Tensor:
+            before = {key: value[index[key]].clone() for key, value in old.items()} if started else {}
+            weights, after = self._call(M, before, int(state["counter"]))
+            new.update(after)
+            return weights
+
+        weights = solve_present(solve, state["weights"], statistics)
+        next_state = {**state, "counter": state["counter"] + 1}
+        if not weights.isfinite().all():
+            return state["weights"].clone(), next_state
+        if new and (started or statistics.present.all()):
+            for key, value in new.items():
+                kept = old[key].clone()
+                kept[index[key]] = value
+                next_state[f"memory.{key}"] = kept
+            next_state["started"] = torch.tensor(True)
+        return weights, {**next_state, "weights": weights}
+
+    def _call(self, M: Tensor, memory: State, counter: int) -> tuple[Tensor, State]:
+        """Weights for ``M``, and what a call changes in a weighting that remembers ``memory``."""
+        if len(M) == 1:
+            return torch.ones(1, dtype=torch.float64), {}
+        weighting = copy.deepcopy(self.weighting)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            if memory:
+                weighting(M)  # sets up what is not a tensor: TorchJD notes the number of tasks, and starts anew if it differs
+                _restore(weighting, memory)
+            torch.default_generator.manual_seed(mixed_seed(self.seed, counter))
+            weights = weighting(M).to(torch.float64)
+        fresh, after = _tensors(self.weighting), _tensors(weighting)
+        changed = {k: v for k, v in after.items() if k in memory or k not in fresh or not torch.equal(v, fresh[k])}
+        return weights, changed
+
+
+def _tensors(weighting: nn.Module) -> State:
+    """Buffers and plain tensor attributes of a module and its children, by dotted name."""
+    return {
+        f"{path}.{key}": value
+        for path, module in weighting.named_modules()
+        for key, value in {**vars(module), **module._buffers}.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _restore(weighting: nn.Module, tensors: State) -> None:
+    for name, value in tensors.items():
+        path, _, key = name.rpartition(".")
+        module = weighting.get_submodule(path)
+        (module._buffers if key in module._buffers else vars(module))[key] = value
+
+
+def _index(value: Tensor, K: int, rows: Tensor) -> tuple[Tensor, ...]:
+    """Index of the part of ``value`` that belongs to the tasks ``rows``: in every dimension with K entries."""
+    axes = [rows if size == K else torch.arange(size) for size in value.shape]
+    return tuple(torch.meshgrid(*axes, indexing="ij")) if axes else ()
+
+
+def _describe(value: Any) -> str:
+    """A repr with the settings that TorchJD's own leaves out, and without addresses in memory."""
+    if isinstance(value, Tensor):
+        return str(value.tolist())
+    if isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    settings = dict(getattr(value, "__dict__", {}))
+    if isinstance(value, nn.Module):
+        settings = {key: v for key, v in settings.items() if key not in vars(nn.Module())} | value._modules
+    name = getattr(value, "__qualname__", type(value).__name__)
+    return f"{name}({', '.join(f'{key.lstrip("_")}={_describe(v)}' for key, v in settings.items() if v is not None)})"

@@ -1,0 +1,238 @@
+"""Wrappers around any method: smoother, bounded, later or rarer weights. They nest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel_weighting.methods.algebra import FLOOR, share
+from accel_weighting.statistics import Method, State, Statistics
+
+INNER = "inner."
+
+
+def _inner(state: State) -> State:
+    return {key.removeprefix(INNER): value for key, value in state.items() if key.startswith(INNER)}
+
+
+def _prefixed(state: State) -> State:
+    return {INNER + key: value for key, value in state.items()}
+
+
+@dataclass(frozen=True)
+class _Wrapper(Method):
+    """Is to the weighter what the wrapped method is; keeps its own weights, a count, and the inner state."""
+
+    method: Method
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return self.method.needs
+
+    @property
+    def positive_losses(self) -> bool:  # type: ignore[override]
+        return self.method.positive_losses
+
+    @property
+    def acts_on(self) -> Any:  # type: ignore[override]
+        return self.method.acts_on
+
+    @property
+    def keeps_sum(self) -> bool:
+        return getattr(self.method, "keeps_sum", False)
+
+    def __getattr__(self, name: str) -> Any:
+        """What else the inner method offers; its functions (``widen``) take the state first, and get their part."""
+        if name.startswith("_") or name == "method":  # copies ask before there is a method
+            raise AttributeError(name)
+        value = getattr(self.method, name)
+        if not callable(value):
+            return value
+
+        def forwarded(state: State, *args: Any, **kwargs: Any) -> Any:
+            result = value(_inner(state), *args, **kwargs)
+            return state | _prefixed(result) if isinstance(result, dict) else result
+
+        return forwarded
+
+    def init(
+        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """The method's initial weights."""
+        w, inner = self.method.init(tasks, initial_weights)
+        return w, {"weights": w, "updates": torch.tensor(0)} | _prefixed(inner)
+
+    def _next(self, state: State, weights: Tensor, inner: State) -> tuple[Tensor, State]:
+        return weights, {"weights": weights, "updates": state["updates"] + 1} | _prefixed(inner)
+
+    def _keep_absent(self, old: Tensor, new: Tensor, present: Tensor) -> Tensor:
+        """Absent tasks keep the weight they had *here*, which need not be the inner method's."""
+        if present.all():
+            return new
+        return share(old, new, present) if self.keeps_sum else torch.where(present, new, old)
+
+
+@dataclass(frozen=True)
+class Smooth(_Wrapper):
+    """Exponential moving average of the weights: ``w ← decay · w + (1 − decay) · (the method's w)``.
+
+    Args:
+        method: The method to smooth.
+        decay: In [0, 1); 0 changes nothing.
+
+    Raises:
+        ValueError: ``decay`` is out of range.
+
+    Example:
+        >>> from accel_weighting.methods.gradnorm import GradNorm
+        >>> Smooth(GradNorm(alpha=0.0), decay=0.9).needs
+        frozenset({'norms'})
+    """
+
+    decay: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"Parameter `decay` must be at least 0 and less than 1. Found `decay = {self.decay!r}`.")
+
+    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+        """One step of the average."""
+        old = state["weights"]
+        new, inner = self.method.update(_inner(state), statistics)
+        new = self.decay * old + (1 - self.decay) * new
+        return self._next(state, self._keep_absent(old, new, statistics.present), inner)
+
+
+@dataclass(frozen=True)
+class Clamp(_Wrapper):
+    """Weights between two bounds, with the sum the method gave them: ``clip(λ w, low, high)``, λ solved exactly.
+
+    The unclipped tasks share what clipping takes or adds, and keep their ratios. Where no λ gives the sum (a method
+    that keeps none), all weights stand at one bound.
+
+    Args:
+        method: The method to bound.
+        low: Smallest weight, at least 0.
+        high: Largest weight, more than ``low``.
+
+    Raises:
+        ValueError: The bounds are out of order, or (in ``init``) cannot hold for the sum of the initial weights.
+
+    Example:
+        >>> from accel_weighting.methods.static import StaticWeighting
+        >>> Clamp(StaticWeighting({"a": 0.1, "b": 0.9, "c": 2.0}), 0.5, 1.5).init(["a", "b", "c"])[0].tolist()
+        [0.5, 1.0, 1.5]
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high < math.inf:
+            raise ValueError(
+                "Parameters `low` and `high` must be finite, with 0 <= low < high. "
+                f"Found `low = {self.low!r}`, `high = {self.high!r}`."
+            )
+
+    def init(
+        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """The method's initial weights, clipped."""
+        w, state = super().init(tasks, initial_weights)
+        mean = float(w.mean())
+        if not self.low * (1 - 1e-9) <= mean <= self.high * (1 + 1e-9):
+            raise ValueError(
+                "Parameters `low` and `high` must enclose the mean of the initial weights, or their sum "
+                f"cannot be kept. Found `low = {self.low!r}`, `high = {self.high!r}`, a mean of `{mean:.6g}`."
+            )
+        state["weights"] = self._clip(w)
+        return state["weights"], state
+
+    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+        """The method's weights, clipped."""
+        new, inner = self.method.update(_inner(state), statistics)
+        weights = self._keep_absent(state["weights"], new, statistics.present).clone()
+        weights[statistics.present] = self._clip(weights[statistics.present])
+        return self._next(state, weights, inner)
+
+    def _clip(self, w: Tensor) -> Tensor:
+        x, total, free = w.clamp(min=FLOOR), w.sum(), torch.ones_like(w, dtype=torch.bool)
+        while free.any():
+            x[free] *= (total - x[~free].sum()) / x[free].sum()
+            over, under = (x - self.high).clamp(min=0), (self.low - x).clamp(min=0)
+            if not (over + under).any():
+                break
+            # The larger excess says which way λ has to move, and so which tasks are clipped for good.
+            clipped, bound = (over > 0, self.high) if over.sum() >= under.sum() else (under > 0, self.low)
+            x[clipped] = bound
+            free &= ~clipped
+        return x
+
+
+@dataclass(frozen=True)
+class Warmup(_Wrapper):
+    """The initial weights for the first updates, while the method already sees the statistics.
+
+    Args:
+        method: The method to delay.
+        steps: Updates that return the initial weights; 0 changes nothing.
+
+    Raises:
+        ValueError: ``steps`` is negative.
+
+    Example:
+        >>> from accel_weighting.methods.gradnorm import GradNorm
+        >>> Warmup(GradNorm(), steps=500).init(["a", "b"])[0].tolist()
+        [1.0, 1.0]
+    """
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not self.steps >= 0:
+            raise ValueError(f"Parameter `steps` must be at least 0. Found `steps = {self.steps!r}`.")
+
+    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+        """The initial weights, or the method's."""
+        old = state["weights"]
+        new, inner = self.method.update(_inner(state), statistics)
+        if state["updates"] < self.steps:
+            return self._next(state, old, inner)
+        return self._next(state, self._keep_absent(old, new, statistics.present), inner)
+
+
+@dataclass(frozen=True)
+class Every(_Wrapper):
+    """Updates the method at every ``steps``-th window only, the first one included; between, its weights stay.
+
+    The weighter's ``update_every`` does the same and spares the statistics too; this one nests in other wrappers.
+
+    Args:
+        method: The method to slow down.
+        steps: Windows from one update of the method to the next; 1 changes nothing.
+
+    Raises:
+        ValueError: ``steps`` is less than 1.
+
+    Example:
+        >>> from accel_weighting.methods.cov import CoVWeighting
+        >>> Every(CoVWeighting(), steps=10).needs
+        frozenset({'losses'})
+    """
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not self.steps >= 1:
+            raise ValueError(f"Parameter `steps` must be at least 1. Found `steps = {self.steps!r}`.")
+
+    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+        """The method's weights, new or held."""
+        if state["updates"] % self.steps:
+            return self._next(state, state["weights"], _inner(state))
+        return self._next(state, *self.method.update(_inner(state), statistics))

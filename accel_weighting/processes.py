@@ -1,0 +1,161 @@
+"""The one all-reduce of an optimizer step, its group, and the agreement that rides in it.
+
+The only place that talks to other processes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import checks
+
+SUPPORTED = {
+    "NO",
+    "MULTI_CPU",
+    "MULTI_GPU",
+    "MULTI_NPU",
+    "MULTI_MLU",
+    "MULTI_SDAA",
+    "MULTI_MUSA",
+    "MULTI_XPU",
+    "MULTI_HPU",
+    "FSDP",
+    "DEEPSPEED",
+}
+"""Accelerate's distributed types in which one backward passes the join exactly once."""
+
+FIRST = 1024
+"""Numbers in the very first reduction, whatever the weighter: processes built differently can then still tell."""
+
+BITS = 20
+"""Bits of a signature piece: sums of squares over 4,096 processes stay exact in float64."""
+
+
+def signature_pieces(digest: bytes, pieces: int) -> list[int]:
+    """The first ``pieces * BITS`` bits of a digest as small integers."""
+    number = int.from_bytes(digest, "big")
+    return [(number >> (BITS * i)) & ((1 << BITS) - 1) for i in range(pieces)]
+
+
+@dataclass
+class Reduction:
+    """A vector on its way through the sum over processes.
+
+    Attributes:
+        vector: header and payload; on the device until ``wait``.
+        ready: Recorded when the copy to the host was queued; None on a CPU.
+    """
+
+    vector: Tensor
+    header: int
+    ready: torch.cuda.Event | None = None
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        """Header and payload on the CPU. The host waits only if the device is not there yet."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        vector = self.vector.cpu()
+        return vector[: self.header], vector[self.header :]
+
+
+class Processes:
+    """The processes over which statistics are summed: data-parallel × context-parallel, never tensor-parallel.
+
+    Args:
+        accelerator: Where the group is found when ``group`` is None.
+        group: A process group, or None.
+    """
+
+    def __init__(self, accelerator: Any, group: dist.ProcessGroup | None) -> None:
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        initialized = dist.is_available() and dist.is_initialized()
+        if accelerator is None:
+            if group is None and (launched > 1 or (initialized and dist.get_world_size() > 1)):
+                raise checks.several_processes_without_accelerator()
+        else:
+            kind = accelerator.distributed_type.value
+            if kind not in SUPPORTED:
+                raise checks.unsupported_engine(kind, sorted(SUPPORTED))
+            if launched > 1 and accelerator.num_processes == 1:
+                checks.warn_started_alone(launched)
+        alone = not initialized
+        if group is None and initialized:
+            group, alone = _find_group(accelerator)
+        self.group = group
+        self.world = 1 if alone else dist.get_world_size(group)
+        self.rank = 0 if alone else dist.get_rank(group)
+        self._first = True
+
+    def sum(self, payload: Tensor, signature: Sequence[int], condense: Any) -> Reduction:
+        """Starts the one all-reduce.
+
+        The very first sum of a weighter begins with a part of fixed length, so that processes that were built with
+        different tasks or layers, and so with vectors of different lengths, meet in it and say so instead of mixing
+        their numbers.
+
+        Args:
+            payload: float64 vector on the device.
+            signature: Small integers that must be alike on all processes.
+            condense: Applied to the summed payload on the device, before it is copied to the host.
+        """
+        header = [1.0, *(float(s) for s in signature), *(float(s) ** 2 for s in signature)]
+        vector = torch.cat([torch.tensor(header, dtype=torch.float64).to(payload.device, non_blocking=True), payload])
+        if self._first:
+            self._first = False
+            padded = torch.zeros(max(FIRST, len(vector)), dtype=torch.float64, device=vector.device)
+            padded[: len(vector)] = vector
+            self._all_reduce(padded[:FIRST])
+            if len(vector) > FIRST and self.agreed(padded[: len(header)].cpu()):
+                self._all_reduce(padded[FIRST:])
+            vector = padded[: len(vector)]
+        else:
+            self._all_reduce(vector)
+        vector = torch.cat([vector[: len(header)], condense(vector[len(header) :])])
+        if vector.device.type != "cuda":
+            return Reduction(vector, len(header))
+        host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+        host.copy_(vector, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return Reduction(host, len(header), ready)
+
+    def agreed(self, header: Tensor) -> bool:
+        """Whether all processes sent the same signature, decided on the summed header alone: W·Σs² = (Σs)²."""
+        total, *pieces = (int(x) for x in header.tolist())
+        n = len(pieces) // 2
+        return total == self.world and all(
+            self.world * squares == plain**2 for plain, squares in zip(pieces[:n], pieces[n:], strict=True)
+        )
+
+    def gather(self, item: Any) -> list[Any]:
+        """Every process's ``item``; only on the way to an error that all processes raise together."""
+        if self.world == 1:
+            return [item]
+        items: list[Any] = [None] * self.world
+        dist.all_gather_object(items, item, group=self.group)
+        return items
+
+    def _all_reduce(self, vector: Tensor) -> None:
+        if self.world > 1:
+            dist.all_reduce(vector, group=self.group)
+
+
+def _find_group(accelerator: Any) -> tuple[dist.ProcessGroup | None, bool]:
+    """The data-parallel × context-parallel group (None: the world), and whether this process is alone in it."""
+    if accelerator.distributed_type.value == "DEEPSPEED":
+        from deepspeed.utils import groups
+
+        return groups._get_sequence_data_parallel_group(), False
+    mesh = getattr(accelerator, "torch_device_mesh", None)
+    if mesh is None:
+        return None, False
+    if not accelerator.parallelism_config.dp_cp_dim_names:
+        return None, True
+    return mesh["dp_cp"].get_group(), False

@@ -1,0 +1,95 @@
+"""What is kept for people: the bounded history, and running means and coefficients of variation of the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .statistics import Statistics
+
+CAPACITY = 4096
+"""Entries of the history; past it every second one goes, and from then on every second step is kept."""
+
+
+class Record:
+    """Values of every step, bounded, and the running statistics of the losses.
+
+    Args:
+        tasks: Task names.
+    """
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        self.tasks = tuple(tasks)
+        K = len(self.tasks)
+        self.stride = 1
+        self._steps: list[int] = []
+        self._rows: list[Tensor] = []
+        self._count = torch.zeros(K, dtype=torch.float64)
+        self._mean = torch.zeros(K, dtype=torch.float64)
+        self._squares = torch.zeros(K, dtype=torch.float64)  # Welford's sum of squared deviations
+        self.latest: Tensor = torch.full((4 * K + K * (K - 1) // 2 + 1,), torch.nan, dtype=torch.float64)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of a row's values, grouped so that a tracker draws them side by side."""
+        pairs = [f"cosine/{a}·{b}" for i, a in enumerate(self.tasks) for b in self.tasks[i + 1 :]]
+        groups = ("weight", "loss", "loss_cov", "grad_norm")
+        return [f"{group}/{task}" for group in groups for task in self.tasks] + pairs + ["weighting/skipped_steps"]
+
+    def see(self, step: int, weights: Tensor, statistics: Statistics | None, skipped: int) -> None:
+        """A step ended: its weights, what its window saw (None where it was held or not measured), steps held so far."""
+        K = len(self.tasks)
+        row = torch.full_like(self.latest, torch.nan)
+        row[:K] = weights
+        row[-1] = skipped
+        if statistics is not None:
+            present = statistics.present
+            self._count += present
+            delta = torch.where(present, statistics.losses - self._mean, 0.0)
+            self._mean += delta / self._count.clamp(min=1)
+            self._squares += delta * torch.where(present, statistics.losses - self._mean, 0.0)
+            absent = ~present
+            row[K : 2 * K] = statistics.losses.masked_fill(absent, torch.nan)
+            row[2 * K : 3 * K] = (self._squares / self._count).sqrt() / self._mean.abs()
+            if statistics.norms is not None:
+                row[3 * K : 4 * K] = statistics.norms.masked_fill(absent, torch.nan)
+            if statistics.gram is not None and K > 1:
+                i, j = torch.triu_indices(K, K, 1)
+                lengths = statistics.gram.diagonal().sqrt()
+                row[4 * K : -1] = statistics.gram[i, j] / (lengths[i] * lengths[j])
+        self.latest = row
+        if step % self.stride == 0:
+            self._steps.append(step)
+            self._rows.append(row.float())
+            if len(self._rows) > CAPACITY:
+                self.stride *= 2
+                kept = [(s, r) for s, r in zip(self._steps, self._rows, strict=True) if s % self.stride == 0]
+                self._steps, self._rows = [s for s, _ in kept], [r for _, r in kept]
+
+    def values(self, row: Tensor) -> dict[str, float]:
+        """A row as ``{name: value}``; what was not seen is left out."""
+        return {name: value for name, value in zip(self.names, row.tolist(), strict=True) if value == value}
+
+    @property
+    def history(self) -> list[tuple[int, dict[str, float]]]:
+        """All that is kept, as ``(step, values)``."""
+        return [(step, self.values(row)) for step, row in zip(self._steps, self._rows, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers."""
+        return {
+            "stride": self.stride,
+            "steps": list(self._steps),
+            "rows": torch.stack(self._rows) if self._rows else torch.zeros(0, len(self.latest)),
+            "latest": self.latest,
+            "loss_moments": torch.stack([self._count, self._mean, self._squares]),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The record of the same tasks."""
+        self.stride, self._steps = state["stride"], list(state["steps"])
+        self._rows, self.latest = list(state["rows"]), state["latest"].clone()
+        self._count, self._mean, self._squares = state["loss_moments"].clone()

@@ -1,0 +1,577 @@
+"""The weighter: wraps ``accelerator.backward``, and is the only class with state. It knows no method."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .branch import Block, Branch, heads_by_task, locate, nothing
+from .processes import Processes, Reduction, signature_pieces
+from .record import Record
+from .statistics import Method, State, Statistics
+from .window import Window, to_device
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+VERSION = 1
+"""Of the saved state."""
+
+KIND = "accel_weighting.Weighter"
+
+
+class Weighter:
+    """Weighs the losses of several tasks so that the weights depend on the global batch alone.
+
+    Replaces ``accelerator.backward(sum of losses)`` by ``weighter.backward(losses)``: one backward, and one small
+    all-reduce per optimizer step.
+
+    Args:
+        method: A weighting method, such as ``GradNorm(alpha=1.5)``.
+        tasks: Task names; their order is the weighter's order everywhere.
+        accelerator: The accelerator that trains the model; None for plain PyTorch in one process (or, with
+            ``process_group``, in several).
+        heads: ``{task: module}``, or dotted names looked up in ``model``. The tensor each head is called with is the
+            shared representation. None where the model's forward calls ``branch`` itself, or where the method needs
+            losses only.
+        model: Where dotted names are looked up, wrapped or not.
+        shared_layer: An ``nn.Linear`` (or its name) whose output is the branch point. Gradients are then taken at its
+            weight, as GradNorm's paper does; this adds K·|W| numbers to the all-reduce.
+        initial_weights: ``{task: weight}``, positive; tasks that are not named start where the method starts them.
+        lag: 1: the weights of a step come from the steps before it. 0: from this very step.
+        update_every: Statistics are taken and weights updated at every n-th optimizer step only.
+        update_after: As frozen until so many optimizer steps are over.
+        max_losses: ``{task: float}``: a loss above it is scaled down to it, gradient included.
+        max_skipped_steps: How many steps in a row may be held for losses or gradients that are not finite.
+        process_group: Over which statistics are summed. None: data-parallel × context-parallel.
+
+    Raises:
+        ValueError, TypeError: An argument breaks its rule; the message names it, the rule and what was found.
+        NotImplementedError: The engine does not run one plain backward.
+
+    Example:
+        >>> import torch
+        >>> from accel_weighting import CoVWeighting, Weighter
+        >>> weighter = Weighter(CoVWeighting(), ["a", "b"])
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> weighter.backward({"a": x.sum(), "b": (x**2).sum()})
+        tensor(2.)
+        >>> weighter.weights
+        {'a': 0.5, 'b': 0.5}
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        tasks: Sequence[str],
+        *,
+        accelerator: Accelerator | None = None,
+        heads: Mapping[str, nn.Module | str] | None = None,
+        model: nn.Module | None = None,
+        shared_layer: nn.Linear | str | None = None,
+        initial_weights: Mapping[str, float] | None = None,
+        lag: int = 1,
+        update_every: int = 1,
+        update_after: int = 0,
+        max_losses: Mapping[str, float] | None = None,
+        max_skipped_steps: int = 10,
+        process_group: Any = None,
+    ) -> None:
+        self.tasks = checks.task_names(tasks)
+        self.method = method
+        self.accelerator = accelerator
+        self.lag = checks.lag(lag, method.needs, method.acts_on, repr(method))
+        self.update_every = checks.at_least("update_every", update_every, 1)
+        self.update_after = checks.at_least("update_after", update_after, 0)
+        self.max_skipped_steps = checks.at_least("max_skipped_steps", max_skipped_steps, 0)
+        self._caps = checks.positive_by_task("max_losses", max_losses, self.tasks)
+        start = checks.positive_by_task("initial_weights", initial_weights, self.tasks)
+        self._weights, self._state = method.init(self.tasks, start or None)
+        self._initial_weights = start or None
+        if accelerator is not None:
+            checks.uneven_inputs(accelerator)
+        self._processes = Processes(accelerator, process_group)
+
+        layer = None
+        if shared_layer is not None:
+            layer = self._find_layer(shared_layer, model)
+        if heads is not None:
+            checks.heads(heads, self.tasks, model)
+            checks.heads_are_distinct(heads_by_task(self.tasks, heads, model), self.tasks)
+        self._has_heads = heads is not None
+        self._window = Window(len(self.tasks), None if layer is None else (layer.out_features, layer.in_features))
+        self._branch = Branch(
+            self.tasks,
+            self._window.add,
+            None if heads is None else lambda: heads_by_task(self.tasks, heads, model),
+            None if shared_layer is None else lambda: self._find_layer(shared_layer, model),
+        )
+        self._branch.attach()
+        if (
+            accelerator is not None
+            and self._has_heads
+            and not self._is_prepared(heads_by_task(self.tasks, heads or {}, model))
+        ):
+            self._branch.attach_again_at_first_forward()
+
+        self._step = 0
+        self._open = 0  # micro-batches since the last step, recorded or not
+        self._due = False
+        self._frozen = False
+        self._expected: set[int] = set()  # tasks whose gradient must come to the branch in this window
+        self._arrived: set[int] = set()
+        self._reached: set[int] = set()  # tasks whose gradient has come to the branch in an earlier window
+        self._pending: tuple[Reduction, int] | None = None
+        self._statistics: Statistics | None = None
+        self._held = 0  # in a row, towards max_skipped_steps
+        self._skipped = 0  # in all
+        self._told: set[str] = set()
+        self._weight_sum = torch.zeros(len(self.tasks), dtype=torch.float64)
+        self._weight_steps = 0
+        self._record = Record(self.tasks)
+        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._settings_digest: bytes | None = None
+        if accelerator is not None:
+            accelerator.register_for_checkpointing(self)
+
+    @staticmethod
+    def _find_layer(layer: nn.Linear | str, model: nn.Module | None) -> nn.Linear:
+        if isinstance(layer, str):
+            if model is None:
+                raise ValueError(f"The name `shared_layer = {layer!r}` is looked up in `model`, which was not given.")
+            found = locate(layer, model)
+            if found is None:
+                raise checks.modules_not_found([layer])
+            return checks.shared_layer(found)
+        return checks.shared_layer(layer)
+
+    def _is_prepared(self, heads: Sequence[nn.Module]) -> bool:
+        assert self.accelerator is not None
+        prepared = {id(module) for model in self.accelerator._models for module in model.modules()}
+        return all(id(head) in prepared for head in heads)
+
+    def __repr__(self) -> str:
+        weights = ", ".join(f"{task}={weight:.4g}" for task, weight in self.weights.items())
+        return f"Weighter({self.method!r}, {weights}, step={self._step}{', frozen' if self._frozen else ''})"
+
+    # ---- a step ------------------------------------------------------------------------------------------------
+
+    def backward(
+        self, losses: Any, *, num_items: int | Mapping[str, int] | None = None, freeze: bool = False, **kwargs: Any
+    ) -> Tensor:
+        """Weighs the losses, runs the one backward, and closes the window when gradients are synchronised.
+
+        Args:
+            losses: The losses of this micro-batch: a dictionary (a task left out is absent), a list, tuple, namedtuple
+                or 1-D tensor in task order; each a floating-point scalar with a graph.
+            num_items: How many items each loss is the mean of, an integer or ``{task: integer}``: weighs this block in
+                the statistics. For all blocks of a window or for none. A count of 0 alone says that the task is not
+                in this block; its head then gets a gradient of zeros.
+            freeze: A plain weighted backward; this micro-batch is not recorded.
+            **kwargs: For ``accelerator.backward``.
+
+        Returns:
+            The weighted total, detached.
+        """
+        if not torch.is_grad_enabled():
+            raise checks.gradients_disabled()
+        total = self.combine(losses, num_items=num_items, freeze=freeze)
+        try:
+            if self.accelerator is None:
+                total.backward(**kwargs)
+            else:
+                self.accelerator.backward(total, **kwargs)
+        except RuntimeError as error:
+            self._branch.disarm()
+            if "second time" in str(error):
+                raise checks.graph_already_freed() from error
+            raise
+        self.step()
+        return total.detach()
+
+    def combine(
+        self, losses: Any, *, num_items: int | Mapping[str, int] | None = None, freeze: bool = False
+    ) -> Tensor:
+        """The weighted total with its graph, for loops that call ``accelerator.backward`` and ``step`` themselves.
+
+        With gradients disabled (evaluation) it returns the weighted total and records nothing. Arguments as in
+        ``backward``. A loss of the trunk's own is added to what it returns.
+
+        Raises:
+            RuntimeError: The last window was due and was not closed.
+        """
+        named = checks.losses_by_task(losses, self.tasks)
+        counts, empty = checks.item_counts(num_items, named, self.tasks)
+        present = frozenset(k for k, task in enumerate(self.tasks) if task in named and k not in empty)
+        gradients = torch.is_grad_enabled()
+        if gradients:
+            checks.losses_have_graphs({self.tasks[k]: named[self.tasks[k]] for k in sorted(present)})
+            if self._due:
+                raise checks.window_not_closed()
+        self._finish()
+        v = self._stack(named, present, empty)
+        self._branch.forget()
+        on_losses = self.method.acts_on == "losses"
+        w = self._on_device(self._weights, v) if on_losses else torch.ones_like(v)
+        if self._caps:
+            w = w * self._scale_down(v.detach())
+        total = v @ w
+        if not gradients:
+            return total
+
+        self._open += 1
+        self._due = self._sync
+        block = Block(
+            present,
+            scale=None if counts is None else 1 / self._on_device(torch.tensor(counts).clamp(min=1), v),
+            shared_weights=None if on_losses else self._on_device(self._weights, v),
+            record=not freeze and self._measuring,
+            arrived=self._arrived,
+        )
+        if block.record:
+            self._window.add_block(v.detach(), present, counts)
+            self._expected |= present
+        if block.record or not on_losses:
+            self._branch.arm(v, block)
+        return total
+
+    def step(self) -> None:
+        """Closes the window: one all-reduce, the verdict, the update. A no-op while gradients accumulate.
+
+        Raises:
+            RuntimeError: The window is empty, a loss never reached the branch, the processes disagree, or too many
+                steps in a row were not finite. What depends on other processes is raised on all of them.
+        """
+        if not self._sync:
+            return
+        if not self._open:
+            raise checks.empty_window()
+        self._finish()
+        try:
+            self._check_that_losses_reached_the_branch()
+            if self._unfrozen:
+                self._weight_sum += self._weights
+                self._weight_steps += 1
+            if self._window.blocks:
+                payload = self._window.pack(self._branch.split)
+                reduction = self._processes.sum(payload, self._signature(len(payload)), self._window.condense)
+                self._pending = reduction, self._step
+            else:
+                self._record.see(self._step, self._weights, None, self._skipped)
+            self._step += 1
+        finally:
+            self.reset()
+        if self._pending is not None and self._pending[0].ready is None:
+            self._finish()
+
+    def reset(self) -> None:
+        """Drops the open window, for instance after an exception that the user caught on every process."""
+        self._window.clear()
+        self._branch.disarm()
+        self._branch.split = False
+        self._open = 0
+        self._due = False
+        self._expected = set()
+        self._arrived = set()
+
+    @property
+    def _sync(self) -> bool:
+        return self.accelerator is None or bool(self.accelerator.sync_gradients)
+
+    @property
+    def _unfrozen(self) -> bool:
+        return not self._frozen and self._step >= self.update_after
+
+    @property
+    def _measuring(self) -> bool:
+        return self._unfrozen and (self._step - self.update_after) % self.update_every == 0
+
+    def _stack(self, named: Mapping[str, Tensor], present: frozenset[int], empty: set[int]) -> Tensor:
+        """The losses as one vector in task order; absent ones are 0, with a path of zeros to the head where asked."""
+        some = next(iter(named.values()))
+        dtype = torch.float64 if any(loss.dtype == torch.float64 for loss in named.values()) else torch.float32
+        rows = []
+        for k, task in enumerate(self.tasks):
+            if k in present:
+                row = named[task]
+            else:
+                sources = self._branch.head_outputs(k) if k in empty else []
+                if k in empty and not sources and task in named and named[task].requires_grad:
+                    sources = [named[task]]
+                row = nothing(sources) if sources and torch.is_grad_enabled() else some.new_zeros(())
+            rows.append(row.to(some.device, dtype))
+        return torch.stack(rows)
+
+    def _scale_down(self, v: Tensor) -> Tensor:
+        """By how much a loss above its cap is multiplied; 1 below it."""
+        caps = torch.tensor([self._caps.get(task, torch.inf) for task in self.tasks])
+        caps = self._on_device(caps, v)
+        return torch.where(v > caps, caps / v, torch.ones_like(v))
+
+    def _on_device(self, values: Tensor, like: Tensor) -> Tensor:
+        """A small CPU vector where ``like`` lives; the weights' copy is kept until they change."""
+        if values is not self._weights:
+            return to_device(values.to(like.dtype), like.device)
+        key = like.device, like.dtype
+        if key not in self._copies:
+            self._copies[key] = to_device(values.to(like.dtype), like.device)
+        return self._copies[key]
+
+    def _check_that_losses_reached_the_branch(self) -> None:
+        if not self.method.needs & {"norms", "gram", "moments"}:
+            return
+        missed = self._expected - self._arrived - self._reached
+        if missed:
+            names = [self.tasks[k] for k in sorted(missed)]
+            never = not self._has_heads and not self._arrived
+            raise checks.losses_that_missed_the_branch(names, self._branch.frozen_trunk, never)
+        self._reached |= self._arrived
+
+    # ---- agreement and verdict ---------------------------------------------------------------------------------
+
+    def _signature(self, length: int) -> list[int]:
+        """Settings, step, weights and state as small integers; alike on all processes or something is wrong."""
+        if self._settings_digest is None:
+            self._settings_digest = hashlib.blake2b(repr((self._settings(), length)).encode()).digest()
+        return [
+            *signature_pieces(self._settings_digest, 2),
+            self._step % (1 << 20),
+            *signature_pieces(self._state_digest(), 2),
+        ]
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "tasks": list(self.tasks),
+            "method": repr(self.method),
+            "lag": self.lag,
+            "update_every": self.update_every,
+            "update_after": self.update_after,
+            "max_losses": self._caps,
+            "max_skipped_steps": self.max_skipped_steps,
+            "shared_layer": self._window.matrices,
+        }
+
+    def _state_digest(self) -> bytes:
+        digest = hashlib.blake2b(self._weights.numpy().tobytes())
+        for name in sorted(self._state):
+            digest.update(name.encode())
+            digest.update(self._state[name].contiguous().numpy().tobytes())
+        return digest.digest()
+
+    def _finish(self) -> None:
+        """Takes in the last window: verdict from the reduced numbers, then the method's update."""
+        if self._pending is None:
+            return
+        (reduction, step), self._pending = self._pending, None
+        header, payload = reduction.wait()
+        if not self._processes.agreed(header):
+            description = {
+                **self._settings(),
+                "step": step,
+                "weights": self._weights.tolist(),
+                "state": self._state_digest().hex()[:8],
+            }
+            raise checks.disagreement(self._processes.gather(description), step)
+        sums = self._window.unpack(payload, step)
+        if 0 < sums.counted < sums.blocks:
+            raise checks.mixed_counts(sums.counted, sums.blocks, step)
+        for what, bad in (("loss", sums.bad_losses), ("gradient", sums.bad_gradients)):
+            if any(bad):
+                return self._hold(what, bad, step)
+        self._held = 0
+        statistics = sums.statistics
+        self._check_statistics(statistics, sums.split)
+        self._statistics = statistics
+        self._weights, self._state = self.method.update(self._state, statistics)
+        self._copies.clear()
+        checks.finite_weights(self._weights, repr(self.method))
+        self._record.see(step, self._weights, statistics, self._skipped)
+        return None
+
+    def _check_statistics(self, statistics: Statistics, split: int) -> None:
+        if self.method.positive_losses:
+            negative = (statistics.losses < 0) & statistics.present
+            if negative.any():
+                names = [task for task, is_negative in zip(self.tasks, negative.tolist(), strict=True) if is_negative]
+                losses = statistics.losses[negative].tolist()
+                raise checks.negative_losses(repr(self.method), names, losses, statistics.step)
+        if split and self.method.needs & {"gram", "moments"}:
+            raise checks.unrelated_gradients(repr(self.method), statistics.step)
+
+    def _hold(self, what: str, bad: Sequence[int], step: int) -> None:
+        """Weights and state stay as they are for this step, on every process."""
+        self._skipped += 1
+        message = checks.not_finite(what, self.tasks, bad, self._processes.world, step)
+        if what not in self._told and self._processes.rank == 0:
+            self._told.add(what)
+            checks.logger.warning(message)
+        self._record.see(step, self._weights, None, self._skipped)
+        if what == "gradient" and self._has_scaler:
+            return
+        self._held += 1
+        if self._held > self.max_skipped_steps:
+            raise checks.too_many_held(message, self._held, self.max_skipped_steps)
+
+    @property
+    def _has_scaler(self) -> bool:
+        """Under a loss scale an overflow of gradients is the scaler's business."""
+        accelerator = self.accelerator
+        return accelerator is not None and (accelerator.scaler is not None or accelerator.mixed_precision == "fp16")
+
+    # ---- the branch --------------------------------------------------------------------------------------------
+
+    def branch(self, z: Tensor) -> dict[str, Tensor]:
+        """Divides the shared representation: ``{task: alias of z}``, one for every head's input.
+
+        Written in a model's ``forward``. Gradients of different tasks arrive apart at their aliases.
+        """
+        if self._has_heads:
+            raise checks.heads_and_branch()
+        return self._branch(z)
+
+    def detach(self) -> None:
+        """Removes every hook; nothing is left on the model."""
+        self._branch.detach()
+
+    # ---- what is read ------------------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """``{task: weight}``, those that the next backward will use."""
+        self._finish()
+        return dict(zip(self.tasks, self._weights.tolist(), strict=True))
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """What the last window that was not held saw; None before the first."""
+        self._finish()
+        return self._statistics
+
+    @property
+    def average_weights(self) -> dict[str, float]:
+        """Weights averaged over the steps taken unfrozen, for a retrain with static weights (GradNorm Static)."""
+        self._finish()
+        mean = self._weight_sum / self._weight_steps if self._weight_steps else self._weights
+        return dict(zip(self.tasks, mean.tolist(), strict=True))
+
+    @property
+    def history(self) -> list[tuple[int, dict[str, float]]]:
+        """Bounded record of ``(step, values)``, saved with the state; thinned past 4,096 entries."""
+        self._finish()
+        return self._record.history
+
+    def log_values(self) -> dict[str, float]:
+        """Floats for ``accelerator.log``: weights, and losses, norms and cosines of the last step. No collective."""
+        weights = {f"weight/{task}": weight for task, weight in self.weights.items()}
+        latest = self._record.values(self._record.latest)
+        return {**weights, **latest, "weighting/skipped_steps": float(self._skipped)}
+
+    # ---- freezing ----------------------------------------------------------------------------------------------
+
+    def freeze(self) -> _Frozen:
+        """Holds the weights: a plain weighted backward, no collective. Drops the open window.
+
+        Usable as ``with weighter.freeze():``, which unfreezes at its end.
+        """
+        self._finish()
+        self.reset()
+        self._frozen = True
+        return _Frozen(self)
+
+    def unfreeze(self) -> None:
+        """Weights move again."""
+        self.reset()
+        self._frozen = False
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the weights are held."""
+        return self._frozen
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resume needs, as plain tensors, numbers and strings; free of the number of processes."""
+        self._finish()
+        if self._window.blocks and self._processes.rank == 0:
+            checks.warn_saved_inside_window(self._window.blocks)
+        return {
+            "kind": KIND,
+            "version": VERSION,
+            "tasks": list(self.tasks),
+            "method": repr(self.method),
+            "step": self._step,
+            "weights": self._weights.clone(),
+            "state": {name: value.clone() for name, value in self._state.items()},
+            "weight_sum": self._weight_sum.clone(),
+            "weight_steps": self._weight_steps,
+            "held": self._held,
+            "skipped": self._skipped,
+            "frozen": self._frozen,
+            "record": self._record.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Takes up a saved state.
+
+        Args:
+            state: What ``state_dict`` gave.
+            strict: False keeps what fits of a checkpoint with other tasks or another method (a task added, say).
+
+        Raises:
+            ValueError: The state is not a weighter's, or (``strict``) another weighter's; all differences are listed.
+        """
+        if not isinstance(state, Mapping) or state.get("kind") != KIND:
+            raise checks.not_our_state(state)
+        here = {"version": VERSION, "tasks": list(self.tasks), "method": repr(self.method)}
+        differences = {name: (state[name], value) for name, value in here.items() if state[name] != value}
+        if differences and (strict or "version" in differences):
+            raise checks.other_checkpoint(differences)
+        self._pending = None
+        self.reset()
+        self._step = state["step"]
+        self._skipped, self._held, self._frozen = state["skipped"], state["held"], state["frozen"]
+        self._statistics = None
+        self._copies.clear()
+        if not differences:
+            self._weights = state["weights"].clone()
+            self._state = {name: value.clone() for name, value in state["state"].items()}
+            self._weight_sum, self._weight_steps = state["weight_sum"].clone(), state["weight_steps"]
+            self._record.load_state_dict(state["record"])
+            return
+        rows = [state["tasks"].index(task) if task in state["tasks"] else None for task in self.tasks]
+        self._weights, fresh = self.method.init(self.tasks, self._initial_weights)
+        self._weights = _rows_that_fit(self._weights, state["weights"], rows)
+        same_method = type(self.method).__name__ == state["method"].partition("(")[0]
+        old: State = state["state"] if same_method else {}
+        self._state = {name: _rows_that_fit(v, old[name], rows) if name in old else v for name, v in fresh.items()}
+
+
+def _rows_that_fit(new: Tensor, old: Tensor, rows: Sequence[int | None]) -> Tensor:
+    """``new`` with the rows of the tasks that ``old`` also had; a tensor that has no row per task as it was."""
+    known = max((row for row in rows if row is not None), default=-1)
+    if old.shape[1:] == new.shape[1:] and old.ndim and len(new) == len(rows) and len(old) > known:
+        new = new.clone()
+        for k, row in enumerate(rows):
+            if row is not None:
+                new[k] = old[row]
+        return new
+    return old.clone() if old.shape == new.shape else new
+
+
+class _Frozen:
+    """``with weighter.freeze():``."""
+
+    def __init__(self, weighter: Weighter) -> None:
+        self._weighter = weighter
+
+    def __enter__(self) -> Weighter:
+        return self._weighter
+
+    def __exit__(self, *_: object) -> None:
+        self._weighter.unfreeze()

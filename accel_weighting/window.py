@@ -1,0 +1,147 @@
+"""The window: everything between two optimizer steps, added up on the device, packed into one vector of sums.
+
+Blocks are micro-batches. Their gradients occupy different rows of the shared representation, so the Gram matrix of the
+mean loss over M equal blocks is the plain sum of the blocks' Gram matrices over M² (with counts, each weighed by its
+items). Every number in the vector is therefore a sum, over blocks and then over processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What all processes saw together, on the CPU; the verdicts are taken from these numbers alone.
+
+    Attributes:
+        blocks: Number of micro-batches.
+        counted: How many of them came with counts.
+        split: How many processes could not relate the gradients of different tasks.
+        tapped: How many processes saw gradients meet.
+        bad_losses: Per task, the number of processes where a loss was not finite, ``[K]``.
+        bad_gradients: Per task, the number of processes where a gradient was not finite, ``[K]``.
+    """
+
+    statistics: Statistics
+    blocks: int
+    counted: int
+    split: int
+    tapped: int
+    bad_losses: list[int]
+    bad_gradients: list[int]
+
+
+class Window:
+    """Adds up what the micro-batches of this process saw.
+
+    Args:
+        tasks: Number of tasks, K.
+        matrices: Shape ``[out, in]`` of the shared layer's weight where gradients are taken there, else None.
+    """
+
+    def __init__(self, tasks: int, matrices: tuple[int, int] | None = None) -> None:
+        self.tasks = tasks
+        self.matrices = matrices
+        self.clear()
+
+    def clear(self) -> None:
+        """Opens a new window."""
+        self.blocks = 0
+        self.counted = 0
+        self._present = [0] * self.tasks
+        self._items = [0.0] * self.tasks
+        self._sums: dict[str, Tensor] = {}
+
+    def add_block(self, losses: Tensor, present: frozenset[int], counts: Sequence[float] | None) -> None:
+        """A micro-batch: its detached losses ``[K]`` (zeros where absent), who was there, and with how many items."""
+        self.blocks += 1
+        self.counted += counts is not None
+        for k in present:
+            self._present[k] += 1
+            self._items[k] += 1 if counts is None else counts[k]
+        if counts is not None:
+            losses = losses.double() * to_device(torch.tensor(counts, dtype=torch.float64), losses.device)
+        self.add("losses", losses)
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Adds to one of the sums on the device, in float64 (on the CPU where the device has none)."""
+        value = value.to("cpu").double() if value.device.type == "mps" else value.double()
+        if name in self._sums:
+            self._sums[name] += value.to(self._sums[name].device)
+        else:
+            self._sums[name] = value.clone()
+
+    def pack(self, split: bool) -> Tensor:
+        """All sums of this process as one float64 vector on the device; its length depends on K and the layer alone."""
+        losses = self._sums["losses"]
+        device, K = losses.device, self.tasks
+        gradients = self._sums.get("gram" if self.matrices is None else "matrices")
+        tapped = gradients is not None
+        if gradients is None:
+            gradients = torch.zeros(K, *(self.matrices or (K,)), dtype=torch.float64, device=device)
+        own = gradients.diagonal() if self.matrices is None else gradients.flatten(1).sum(1)
+        counts = [float(self.blocks), float(self.counted), float(split), float(tapped), *self._present, *self._items]
+        return torch.cat(
+            [
+                to_device(torch.tensor(counts, dtype=torch.float64), device),
+                losses,
+                (~losses.isfinite()).double(),
+                (~own.isfinite()).double().to(device),
+                gradients.flatten().to(device),
+            ]
+        )
+
+    def condense(self, vector: Tensor) -> Tensor:
+        """After the sum over processes, still on the device: matrices become their Gram matrix."""
+        if self.matrices is None:
+            return vector
+        head = self._head
+        matrices = vector[head:].view(self.tasks, -1)
+        return torch.cat([vector[:head], (matrices @ matrices.T).flatten()])
+
+    @property
+    def _head(self) -> int:
+        return 4 + 5 * self.tasks
+
+    def unpack(self, vector: Tensor, step: int) -> Sums:
+        """The summed and condensed vector, on the CPU, as statistics of the whole window."""
+        K = self.tasks
+        blocks, counted, split, tapped = (round(x) for x in vector[:4].tolist())
+        present, items, losses, bad_losses, bad_gradients = vector[4 : self._head].view(5, K)
+        gram = vector[self._head :].view(K, K)
+        n = items if counted else torch.full((K,), float(blocks), dtype=torch.float64)
+        there = present > 0
+        weights = torch.where(there & (n > 0), 1 / n.clamp(min=math.ulp(1.0)), 0.0)
+        gram = gram * torch.outer(weights, weights)
+        gram = (gram + gram.T) / 2
+        return Sums(
+            statistics=Statistics(
+                losses=torch.where(there, losses / items.clamp(min=math.ulp(1.0)), 0.0),
+                present=there,
+                norms=gram.diagonal().clamp(min=0).sqrt() if tapped else None,
+                gram=gram if tapped and not split else None,
+                micro_batches=blocks,
+                step=step,
+            ),
+            blocks=blocks,
+            counted=counted,
+            split=split,
+            tapped=tapped,
+            bad_losses=[round(x) for x in bad_losses.tolist()],
+            bad_gradients=[round(x) for x in bad_gradients.tolist()],
+        )
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A small CPU tensor on ``device`` without the host waiting for it."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)

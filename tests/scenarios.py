@@ -1,0 +1,256 @@
+"""One training run, cut in every way: the same global batches for any engine, number of processes and micro-batches.
+
+A `Cell` says what is trained and how each global batch is divided into blocks (micro-batches of processes); `train`
+runs it on the processes that are there and gives back what every step saw. Cells with the same blocks, or with any
+equal blocks, must give the same statistics and weights wherever they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist  # noqa: TID251  counts the collectives
+from torch import Tensor, nn
+
+from accel_weighting import Method, Weighter
+from tests.ranks import accelerator_for
+
+ROWS = 36  # divides into 1, 2, 3, 4, 6, 9 equal blocks
+WIDTH = 5
+
+
+class Block(nn.Module):
+    """A residual block; a unit of its own under FSDP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.inner(x))
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(WIDTH, 4), nn.Linear(4, 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.outer(torch.tanh(self.inner(z))).squeeze(-1)
+
+
+class Net(nn.Module):
+    """A shared trunk, whose last layer is `shared`, and one head per task."""
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.shared = nn.Linear(8, WIDTH)
+        self.heads = nn.ModuleDict({task: Head() for task in tasks})
+        self.branch: Callable[[Tensor], dict[str, Tensor]] | None = None
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        z = self.shared(x)
+        zs = dict.fromkeys(self.heads, z) if self.branch is None else self.branch(z)
+        return {task: head(zs[task]) for task, head in self.heads.items()}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run.
+
+    Attributes:
+        route: How the shared representation is found: "heads" (modules), "names" (dotted), "branch" (called in the
+            forward), "shared_layer" (heads, and gradients at the shared Linear's weight).
+        sizes: Rows of every block of a step, over all processes; None: equal blocks.
+        counts: Whether the blocks come with their numbers of rows.
+        absent: Which tasks are not in which block: `(step, block, task)`, or `(None, block, task)` for every step.
+        absence: "zero": said by a count of 0. "leave": left out of the losses.
+        early: Whether the weighter is built before `prepare`.
+    """
+
+    method: Method
+    tasks: int = 3
+    micro: int = 1
+    route: str = "heads"
+    steps: int = 6
+    dtype: torch.dtype = torch.float64
+    lr: float = 1e-3  # small enough for the model itself not to be chaotic
+    sizes: tuple[int, ...] | None = None
+    counts: bool = False
+    absent: tuple[tuple[int | None, int, str], ...] = ()
+    absence: str = "zero"
+    early: bool = False
+    fsdp_heads: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """What a run saw: one entry per optimizer step, the same on every process, and the parameters at the end."""
+
+    world: int
+    distributed_type: str
+    losses: list[Tensor]
+    present: list[Tensor]
+    norms: list[Tensor | None]
+    gram: list[Tensor | None]
+    weights: list[Tensor]
+    micro_batches: list[int]
+    statistics_steps: set[int]
+    collectives: int
+    parameters: dict[str, Tensor]
+    state: dict[str, Tensor]
+
+
+def names(tasks: int) -> list[str]:
+    return [f"t{k}" for k in range(tasks)]
+
+
+def batch(step: int, tasks: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The global batch of a step: inputs and every task's targets."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    x = torch.randn(ROWS, 6, generator=generator, dtype=torch.float64)
+    y = torch.randn(ROWS, tasks, generator=generator, dtype=torch.float64)
+    return x.to(dtype), y.to(dtype)
+
+
+def task_losses(outputs: dict[str, Tensor], y: Tensor) -> dict[str, Tensor]:
+    """Positive losses of very different sizes."""
+    return {
+        task: (10.0 ** (k % 3)) * (output - y[:, k]).square().mean()
+        for k, (task, output) in enumerate(outputs.items())
+    }
+
+
+def net(cell: Cell) -> Net:
+    torch.manual_seed(0)
+    return Net(names(cell.tasks)).double().to(cell.dtype)  # drawn in one precision, so that all runs start alike
+
+
+def weighter_for(cell: Cell, model: nn.Module, inner: Net, accelerator: Any) -> Weighter:
+    routes: dict[str, dict[str, Any]] = {
+        "heads": {"heads": dict(inner.heads)},
+        "names": {"heads": {task: f"heads.{task}" for task in inner.heads}, "model": model},
+        "branch": {},
+        "shared_layer": {"heads": dict(inner.heads), "shared_layer": "shared", "model": model},
+    }
+    weighter = Weighter(cell.method, names(cell.tasks), accelerator=accelerator, **routes[cell.route], **cell.options)
+    if cell.route == "branch":
+        inner.branch = weighter.branch
+    return weighter
+
+
+def cut(cell: Cell, blocks: int) -> list[slice]:
+    """Rows of every block of a global batch."""
+    sizes = cell.sizes or (ROWS // blocks,) * blocks
+    assert len(sizes) == blocks and sum(sizes) == ROWS
+    starts = [sum(sizes[:i]) for i in range(blocks)]
+    return [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def train(engine: str, cell: Cell) -> Run:
+    """Runs a cell on the processes that are there; this process takes its share of every step's blocks."""
+    units = ["Block", "Head"] if cell.fsdp_heads else ["Block"]
+    fsdp = {"transformer_cls_names_to_wrap": units} if engine.startswith("fsdp") else None
+    accelerator = accelerator_for(engine, gradient_accumulation_steps=cell.micro, fsdp=fsdp)
+    world, rank = accelerator.num_processes, accelerator.process_index
+    inner = net(cell)
+    optimizer = torch.optim.SGD(inner.parameters(), lr=cell.lr)
+    model: Any = inner
+    if cell.early:
+        weighter = weighter_for(cell, inner, inner, accelerator)
+        model, optimizer = accelerator.prepare(model, optimizer)
+    else:
+        model, optimizer = accelerator.prepare(model, optimizer)
+        weighter = weighter_for(cell, model, accelerator.unwrap_model(model), accelerator)
+    run = Run(world, accelerator.distributed_type.value, [], [], [], [], [], [], set(), 0, {}, {})
+    count = CountCollectives()
+    slices = cut(cell, world * cell.micro)
+    for step in range(cell.steps):
+        x, y = batch(step, cell.tasks, cell.dtype)
+        for b in range(rank * cell.micro, (rank + 1) * cell.micro):
+            gone = {task for s, block, task in cell.absent if s in (None, step) and block == b}
+            rows = slices[b]
+            with accelerator.accumulate(model):
+                losses = task_losses(model(x[rows]), y[rows])
+                items: dict[str, int] | int | None = (rows.stop - rows.start) if cell.counts else None
+                if gone and cell.absence == "zero":
+                    items = {**(dict.fromkeys(losses, items) if cell.counts else {}), **dict.fromkeys(gone, 0)}
+                elif gone:
+                    losses = {task: loss for task, loss in losses.items() if task not in gone}
+                with count:
+                    weighter.backward(losses, num_items=items)
+                optimizer.step()
+                optimizer.zero_grad()
+        statistics = weighter.statistics
+        run.weights.append(torch.tensor(list(weighter.weights.values()), dtype=torch.float64))
+        if statistics is None:
+            continue
+        run.statistics_steps.add(statistics.step)
+        run.losses.append(statistics.losses)
+        run.present.append(statistics.present)
+        run.norms.append(statistics.norms)
+        run.gram.append(statistics.gram)
+        run.micro_batches.append(statistics.micro_batches)
+    run.collectives = count.calls
+    run.parameters = full_parameters(accelerator.unwrap_model(model))
+    run.state = weighter.state_dict()["state"]
+    weighter.detach()
+    return run
+
+
+def full_parameters(model: nn.Module) -> dict[str, Tensor]:
+    full = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
+    return {name: p.detach().clone() for name, p in full.items()}
+
+
+def train_all(engine: str, cells: Sequence[Cell]) -> list[Run]:
+    """Many cells in one launch."""
+    return [train(engine, cell) for cell in cells]
+
+
+class CountCollectives:
+    """Counts every all-reduce that Python asks for (engines reduce gradients from C++) while it is entered."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._original = dist.all_reduce
+
+    def __enter__(self) -> None:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return self._original(*args, **kwargs)
+
+        dist.all_reduce = counted
+
+    def __exit__(self, *_: object) -> None:
+        dist.all_reduce = self._original
+
+
+def difference(a: Run, b: Run, fields: Sequence[str] = ("losses", "norms", "gram", "weights")) -> float:
+    """Largest relative difference of two runs over all steps; relative to the largest entry of a step's tensor."""
+    worst = 0.0
+    for name in fields:
+        for x, y in zip(getattr(a, name), getattr(b, name), strict=True):
+            assert (x is None) == (y is None), f"{name} is known in one run only"
+            if x is not None:
+                worst = max(worst, ((x - y).abs().max() / y.abs().max().clamp(min=1e-300)).item())
+    return worst
+
+
+def assert_ranks_agree(runs: Sequence[Run]) -> None:
+    """Bitwise, not nearly."""
+    first = runs[0]
+    for run in runs[1:]:
+        for name in ("losses", "present", "norms", "gram", "weights"):
+            for x, y in zip(getattr(first, name), getattr(run, name), strict=True):
+                assert x is y is None or torch.equal(x, y), f"{name} differ between processes"
+        assert all(torch.equal(first.state[key], run.state[key]) for key in first.state)
