@@ -2,6 +2,7 @@
 
 from .methods.cov import CoVWeighting
 from .methods.gradnorm import GradNorm
+from .methods.rotograd import RotoGrad, RotoGradNorm
 from .methods.static import EqualWeighting, StaticWeighting
 from .methods.wrappers import Clamp, Every, Smooth, Warmup
 from .plot import plot_history
@@ -17,6 +18,8 @@ __all__ = [
     "Every",
     "GradNorm",
     "Method",
+    "RotoGrad",
+    "RotoGradNorm",
     "Smooth",
     "State",
     "StaticWeighting",

@@ -31,22 +31,24 @@ _KEYS = itertools.count()
 
 
 @torch.library.custom_op(
-    "accel_weighting::meet", mutates_args=(), schema="(Tensor?[] gradients, Tensor? inputs, int key) -> Tensor"
+    "accel_weighting::meet",
+    mutates_args=(),
+    schema="(Tensor?[] gradients, Tensor? inputs, Tensor? mask, int key) -> Tensor",
 )
-def _meet(gradients: list[Tensor | None], inputs: Tensor | None, key: int) -> Tensor:
+def _meet(gradients: list[Tensor | None], inputs: Tensor | None, mask: Tensor | None, key: int) -> Tensor:
     """The gradients of one join meet. Opaque, so that torch.compile sees no side effect and breaks no graph."""
     branch = _BRANCHES.get(key)
     arrived = [g for g in gradients if g is not None]
     with torch.autocast(arrived[0].device.type, enabled=False):
         if branch is not None:
-            shared = branch.meet(gradients, inputs)
+            shared = branch.meet(gradients, inputs, mask)
             if shared is not None:
                 return shared
         return _sum(arrived)
 
 
 @_meet.register_fake
-def _(gradients: list[Tensor | None], inputs: Tensor | None, key: int) -> Tensor:
+def _(gradients: list[Tensor | None], inputs: Tensor | None, mask: Tensor | None, key: int) -> Tensor:
     return torch.empty_like(next(g for g in gradients if g is not None))
 
 
@@ -66,20 +68,22 @@ class _Join(torch.autograd.Function):
     """``z`` to one alias per task; backward is the one operator above."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, inputs: Tensor | None, key: int, tasks: int) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, z: Tensor, inputs: Tensor | None, mask: Tensor | None, key: int, tasks: int
+    ) -> tuple[Tensor, ...]:
         ctx.key = key
         ctx.set_materialize_grads(False)
-        ctx.with_inputs = inputs is not None
-        if inputs is not None:  # saved tensors would forbid a second pass that the heads alone allow
-            ctx.save_for_backward(inputs)
+        ctx.saves = inputs is not None or mask is not None
+        if ctx.saves:  # saved tensors, even None, forbid a second pass that the heads alone would allow
+            ctx.save_for_backward(inputs, mask)
         return tuple(z.view_as(z) for _ in range(tasks))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(g is None for g in gradients):
-            return None, None, None, None
-        inputs = ctx.saved_tensors[0] if ctx.with_inputs else None
-        return torch.ops.accel_weighting.meet(list(gradients), inputs, ctx.key), None, None, None
+            return (None,) * 5
+        saved = ctx.saved_tensors if ctx.saves else (None, None)
+        return torch.ops.accel_weighting.meet(list(gradients), *saved, ctx.key), None, None, None, None
 
 
 class _Nothing(torch.autograd.Function):
@@ -109,6 +113,7 @@ class Block:
         scale: What every task's gradient is divided by besides its factor, ``[K]`` (the reciprocal of its number of
             items), or None.
         shared_weights: Weights on the shared path, ``[K]`` on the device, or None where weights act on the losses.
+        decide: Gives ``shared_weights`` from the Gram matrix of this very backward (``lag=0``), or None.
         record: Whether the statistics take it in.
         factors: ``c``, ``[K]``, once the backward has begun.
         arrived: Tasks whose gradient came to a join.
@@ -117,9 +122,34 @@ class Block:
     present: frozenset[int]
     scale: Tensor | None = None
     shared_weights: Tensor | None = None
+    decide: Callable[[Tensor], Tensor] | None = None
     record: bool = True
     factors: Tensor | None = None
     arrived: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Every head's own rotation of the shared representation.
+
+    Attributes:
+        matrices: ``[K, m, m]`` on the device of the z it is given.
+        dim: The dimension of z that holds the features; the first m of them are rotated.
+        cooperative: Whether the moments of gradients and features are wanted too.
+    """
+
+    matrices: Callable[[Tensor], Tensor]
+    dim: int = -1
+    cooperative: bool = False
+
+    def __call__(self, z: Tensor, k: int) -> Tensor:
+        """``r_k = R_k z``."""
+        R = self.matrices(z)[k].to(z.dtype)
+        m, x = len(R), z.movedim(self.dim, -1)
+        turned = x[..., :m] @ R.T
+        if m < x.shape[-1]:
+            turned = torch.cat([turned, x[..., m:]], -1)
+        return turned.movedim(-1, self.dim)
 
 
 @dataclass
@@ -152,10 +182,13 @@ class Branch:
     Args:
         tasks: Task names.
         sink: Called as ``sink(name, tensor)`` with every sum over rows that a backward measured: ``"gram"`` ``[K, K]``,
-            or, with a shared layer, ``"matrices"`` ``[K, out, in]``; both already free of the factors.
+            or, with a shared layer, ``"matrices"`` ``[K, out, in]``; with rotations, also ``"moments"``
+            ``[K(K−1)/2, m, m]``: ``G_kᵀ G_j``, k < j, and after them, where cooperative, ``G_kᵀ Z`` of every task. All are
+            free of the factors.
         find_heads: Gives the heads' modules in task order; None where the model calls ``branch`` itself. It is asked
             again when the hooks move, since an engine may have replaced a module.
         find_shared_layer: Likewise the ``nn.Linear`` whose output is the branch point, or None.
+        rotation: The heads' rotations, or None.
     """
 
     def __init__(
@@ -164,6 +197,7 @@ class Branch:
         sink: Callable[[str, Tensor], None],
         find_heads: Callable[[], Sequence[nn.Module]] | None = None,
         find_shared_layer: Callable[[], nn.Linear] | None = None,
+        rotation: Rotation | None = None,
     ) -> None:
         self.tasks = tuple(tasks)
         self.split = False  # heads of one forward were fed different tensors: only norms are known
@@ -172,6 +206,7 @@ class Branch:
         self._sink = sink
         self._find_heads = find_heads
         self._find_shared_layer = find_shared_layer
+        self._rotation = rotation
         self._forward: _Forward | None = None
         self._layer: tuple[Tensor, Tensor] | None = None
         self._outputs: dict[int, list[Tensor]] = {}
@@ -243,15 +278,18 @@ class Branch:
 
     # ---- forward -----------------------------------------------------------------------------------------------
 
-    def __call__(self, z: Tensor) -> dict[str, Tensor]:
-        """One alias of ``z`` per task."""
-        return dict(zip(self.tasks, self._join(z), strict=True))
+    def __call__(self, z: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """One alias of ``z`` per task, rotated where the method rotates; rows outside of ``mask`` are not measured."""
+        return {task: self._rotated(alias, k) for k, (task, alias) in enumerate(zip(self.tasks, self._join(z, mask)))}
+
+    def _rotated(self, z: Tensor, k: int) -> Tensor:
+        return z if self._rotation is None else self._rotation(z, k)
 
     def head_outputs(self, k: int) -> list[Tensor]:
         """What head ``k`` gave in the last forward, tensors with a graph only."""
         return self._outputs.get(k, [])
 
-    def _join(self, z: Tensor) -> tuple[Tensor, ...]:
+    def _join(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         if not torch.is_grad_enabled():
             return (z,) * len(self.tasks)
         if not z.requires_grad:
@@ -263,7 +301,9 @@ class Branch:
             if self._layer is None or not _same(self._layer[1], z):
                 raise checks.shared_layer_is_not_the_branch()
             inputs, self._layer = self._layer[0], None
-        return _Join.apply(z, inputs, self._key, len(self.tasks))
+        elif self._rotation is not None and self._rotation.cooperative:
+            inputs = z.detach()
+        return _Join.apply(z, inputs, mask, self._key, len(self.tasks))
 
     def _alias(self, z: Tensor, k: int) -> Tensor:
         graph_task = _graph_task()
@@ -277,7 +317,7 @@ class Branch:
         forward.taken.add(k)
         if len(forward.taken) == len(self.tasks):
             self._forward = None
-        return forward.aliases[k]
+        return self._rotated(forward.aliases[k], k)
 
     # ---- backward ----------------------------------------------------------------------------------------------
 
@@ -300,26 +340,61 @@ class Branch:
         self.armed = None
         self.forget()
 
-    def meet(self, gradients: Sequence[Tensor | None], inputs: Tensor | None) -> Tensor | None:
+    def meet(
+        self, gradients: Sequence[Tensor | None], inputs: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor | None:
         """Measures the gradients of one join; their weighted sum where weights act on the shared path, else None."""
         block = self.armed
         if block is None:
             return None
         arrived = {k for k, g in enumerate(gradients) if g is not None} & block.present
+        if block.decide is not None and block.arrived:
+            raise checks.second_join_of_a_step()
         block.arrived |= arrived
-        if block.record and arrived:
-            assert block.factors is not None
-            rows = [gradients[k] if k in arrived else None for k in range(len(gradients))]
-            c = block.factors if block.scale is None else block.factors * block.scale
-            if inputs is None:
-                c = c.double()
-                self._sink("gram", _gram(rows) / torch.outer(c, c))
-            else:
-                self._sink("matrices", _matrices(rows, inputs) / c[:, None, None])
+        if arrived and (block.record or block.decide is not None):
+            self._measure(block, [g if k in arrived else None for k, g in enumerate(gradients)], inputs, mask)
         if block.shared_weights is None:
             return None
-        weighted = [block.shared_weights[k].to(g.dtype) * g for k, g in enumerate(gradients) if g is not None]
-        return _sum(weighted)
+        return _sum([block.shared_weights[k].to(g.dtype) * g for k, g in enumerate(gradients) if g is not None])
+
+    def _measure(self, block: Block, rows: Sequence[Tensor | None], inputs: Tensor | None, mask: Tensor | None) -> None:
+        """Gives the sink what the gradients of one join are, free of their factors."""
+        assert block.factors is not None
+        c = block.factors if block.scale is None else block.factors * block.scale
+        if mask is not None:
+            dim = -1 if self._rotation is None else self._rotation.dim
+            rows = [None if g is None else g * mask.unsqueeze(dim) for g in rows]
+        if self._find_shared_layer is not None:
+            assert inputs is not None
+            self._sink("matrices", _matrices(rows, inputs) / c[:, None, None])
+            return
+        gram = _gram(rows) / torch.outer(c, c)
+        if block.decide is not None:
+            block.shared_weights = block.decide(gram)
+        if block.record:
+            self._sink("gram", gram)
+            if self._rotation is not None:
+                self._sink("moments", self._moments(rows, c, inputs))
+
+    def _moments(self, rows: Sequence[Tensor | None], c: Tensor, z: Tensor | None) -> Tensor:
+        """``G_kᵀ G_j`` of all pairs k < j on the rotated features, and ``G_kᵀ Z`` of all tasks where z is given."""
+        assert self._rotation is not None
+        some = next(g for g in rows if g is not None)
+        m = self._rotation.matrices(some).shape[-1]
+
+        def features(x: Tensor) -> Tensor:
+            return _wide(x.movedim(self._rotation.dim, -1)[..., :m].reshape(-1, m))  # type: ignore[union-attr]
+
+        G = [None if g is None else features(g) for g in rows]
+        zeros = torch.zeros(m, m, dtype=_wide(some[:0]).dtype, device=some.device)
+        products = [
+            zeros if a is None or b is None else a.T @ b / (c[k] * c[j])
+            for (k, a), (j, b) in itertools.combinations(enumerate(G), 2)
+        ]
+        if z is not None:
+            Z = features(z)
+            products += [zeros if a is None else a.T @ Z / c[k] for k, a in enumerate(G)]
+        return torch.stack(products) if products else zeros[None, :0]
 
 
 def _wide(x: Tensor) -> Tensor:

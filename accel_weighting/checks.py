@@ -77,8 +77,6 @@ def lag(value: Any, needs: frozenset[str], acts_on: str, method: str) -> int:
             f"{method} weighs losses by their gradients, which are known only after the heads' backward: "
             "`lag = 0` is not possible. Use `lag = 1`: the weights of a step come from the steps before it."
         )
-    if value == 0:
-        raise NotImplementedError("`lag = 0` is not implemented yet. Use `lag = 1`.")
     return int(value)
 
 
@@ -213,15 +211,11 @@ def losses_have_graphs(losses: Mapping[str, Tensor]) -> None:
     detached = [task for task, loss in losses.items() if not loss.requires_grad]
     if detached:
         raise ValueError(
-            "\n".join(
-                f"Loss `{task}` does not require grad: it was detached before it came here." for task in detached
-            )
+            "\n".join(f"Loss `{task}` does not require grad: it was detached before it came here." for task in detached)
         )
 
 
-def item_counts(
-    num_items: Any, losses: Mapping[str, Any], tasks: Sequence[str]
-) -> tuple[list[float] | None, set[int]]:
+def item_counts(num_items: Any, losses: Mapping[str, Any], tasks: Sequence[str]) -> tuple[list[float] | None, set[int]]:
     """Counts per task (None where the block was not counted) and the tasks said to have no items in it."""
     if num_items is None:
         return None, set()
@@ -232,10 +226,10 @@ def item_counts(
     for task, count in given.items():
         if isinstance(count, Tensor) and count.ndim == 0 and count.device.type == "cpu":
             count = count.item()
-        if isinstance(count, bool) or not isinstance(count, numbers.Real) or count != int(count) or count < 0:
-            wrong[task] = count
-        else:
+        if isinstance(count, numbers.Real) and not isinstance(count, bool) and count >= 0 and count % 1 == 0:
             counts[task] = float(count)
+        else:
+            wrong[task] = count
     if wrong:
         raise ValueError(
             "Parameter `num_items` must be a number of items, an integer of at least 0, or {task: such a number}. "
@@ -318,6 +312,46 @@ def heads_and_branch() -> RuntimeError:
     return RuntimeError(
         "This weighter was built with `heads`, which divide the shared representation by themselves: do not call "
         "`weighter.branch(z)` too."
+    )
+
+
+def second_join_of_a_step() -> RuntimeError:
+    """lag=0 and more than one join in a backward."""
+    return RuntimeError(
+        "With `lag = 0` the weights of a backward are decided when the tasks' gradients meet, so they must meet once. "
+        "Here they met in several places: the model was run several times, or its heads were fed different tensors. "
+        "Call `weighter.branch(z)` once in one forward, or use `lag = 1`."
+    )
+
+
+def shared_layer_cannot_rotate(method: str) -> ValueError:
+    """Rotations at a shared layer's weight."""
+    return ValueError(f"{method} acts on the shared representation itself: leave `shared_layer` out.")
+
+
+def shared_layer_at_lag_0() -> ValueError:
+    """The shared layer's matrices are summed once a window."""
+    return ValueError(
+        "With `lag = 0` gradients are compared in the backward itself, at the shared representation: leave "
+        "`shared_layer` out, or use `lag = 1`."
+    )
+
+
+def no_rotations(method: str, rotates: bool) -> RuntimeError:
+    """Rotations were asked for where there are none."""
+    if not rotates:
+        return RuntimeError(f"{method} has no rotations.")
+    return RuntimeError(
+        "The rotations are as large as the shared representation, which is known after the first forward: run one "
+        "forward before asking for them."
+    )
+
+
+def head_cannot_be_folded(task: str, why: str) -> RuntimeError:
+    """A head that does not begin with a Linear."""
+    return RuntimeError(
+        f"The rotation of task `{task}` cannot be folded into its head: {why}. Let the head begin with an nn.Linear "
+        "that alone reads its input, or keep the weighter for inference."
     )
 
 

@@ -6,7 +6,7 @@ The only place that talks to other processes.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import checks
+from .window import to_device
 
 SUPPORTED = {
     "NO",
@@ -44,25 +45,35 @@ def signature_pieces(digest: bytes, pieces: int) -> list[int]:
     return [(number >> (BITS * i)) & ((1 << BITS) - 1) for i in range(pieces)]
 
 
+def fingerprint(x: Tensor) -> Tensor:
+    """Two small integers, float64 ``[2]``, that any single flipped bit of ``x`` changes; computed where x is."""
+    bits = x.contiguous().view(torch.int64 if x.element_size() == 8 else torch.int32).sum(dtype=torch.int64)
+    mask = (1 << BITS) - 1
+    return torch.stack([bits & mask, (bits >> BITS) & mask]).double()
+
+
 @dataclass
 class Reduction:
     """A vector on its way through the sum over processes.
 
     Attributes:
-        vector: header and payload; on the device until ``wait``.
+        host: Header and the host's part of the payload, on its way to the CPU.
+        device: What stays on the device.
+        header: Length of the header.
         ready: Recorded when the copy to the host was queued; None on a CPU.
     """
 
-    vector: Tensor
+    host: Tensor
+    device: Tensor
     header: int
     ready: torch.cuda.Event | None = None
 
-    def wait(self) -> tuple[Tensor, Tensor]:
-        """Header and payload on the CPU. The host waits only if the device is not there yet."""
+    def wait(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Header, the host's part and the device's. The host waits only if the device is not there yet."""
         if self.ready is not None:
             self.ready.synchronize()
-        vector = self.vector.cpu()
-        return vector[: self.header], vector[self.header :]
+        host = self.host.cpu()
+        return host[: self.header], host[self.header :], self.device
 
 
 class Processes:
@@ -70,7 +81,8 @@ class Processes:
 
     Args:
         accelerator: Where the group is found when ``group`` is None.
-        group: A process group, or None.
+        group: A process group, or None. What is found is copied, so that no collective of an engine can be mistaken
+            for ours: with a group of our own a process that missed a step leaves the others waiting, not calculating.
     """
 
     def __init__(self, accelerator: Any, group: dist.ProcessGroup | None) -> None:
@@ -86,14 +98,21 @@ class Processes:
             if launched > 1 and accelerator.num_processes == 1:
                 checks.warn_started_alone(launched)
         alone = not initialized
-        if group is None and initialized:
+        if group is None and initialized and accelerator is not None:
             group, alone = _find_group(accelerator)
+            group = None if alone else _own_group(group)
         self.group = group
         self.world = 1 if alone else dist.get_world_size(group)
         self.rank = 0 if alone else dist.get_rank(group)
         self._first = True
 
-    def sum(self, payload: Tensor, signature: Sequence[int], condense: Any) -> Reduction:
+    def sum(
+        self,
+        payload: Tensor,
+        signature: Sequence[int],
+        condense: Callable[[Tensor], tuple[Tensor, Tensor]],
+        large: Tensor | None = None,
+    ) -> Reduction:
         """Starts the one all-reduce.
 
         The very first sum of a weighter begins with a part of fixed length, so that processes that were built with
@@ -103,10 +122,14 @@ class Processes:
         Args:
             payload: float64 vector on the device.
             signature: Small integers that must be alike on all processes.
-            condense: Applied to the summed payload on the device, before it is copied to the host.
+            condense: Divides the summed payload, still on the device, in what the host reads and what stays.
+            large: State on the device that must be alike on all processes, or None.
         """
-        header = [1.0, *(float(s) for s in signature), *(float(s) ** 2 for s in signature)]
-        vector = torch.cat([torch.tensor(header, dtype=torch.float64).to(payload.device, non_blocking=True), payload])
+        pieces = to_device(torch.tensor([float(s) for s in signature], dtype=torch.float64), payload.device)
+        if large is not None:
+            pieces = torch.cat([pieces, fingerprint(large).to(payload.device)])
+        header = torch.cat([pieces.new_ones(1), pieces, pieces**2])
+        vector = torch.cat([header, payload])
         if self._first:
             self._first = False
             padded = torch.zeros(max(FIRST, len(vector)), dtype=torch.float64, device=vector.device)
@@ -117,14 +140,15 @@ class Processes:
             vector = padded[: len(vector)]
         else:
             self._all_reduce(vector)
-        vector = torch.cat([vector[: len(header)], condense(vector[len(header) :])])
-        if vector.device.type != "cuda":
-            return Reduction(vector, len(header))
-        host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
-        host.copy_(vector, non_blocking=True)
+        host, device = condense(vector[len(header) :])
+        host = torch.cat([vector[: len(header)], host])
+        if host.device.type != "cuda":
+            return Reduction(host, device, len(header))
+        pinned = torch.empty(host.shape, dtype=host.dtype, pin_memory=True)
+        pinned.copy_(host, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return Reduction(host, len(header), ready)
+        return Reduction(pinned, device, len(header), ready)
 
     def agreed(self, header: Tensor) -> bool:
         """Whether all processes sent the same signature, decided on the summed header alone: W·Σs² = (Σs)²."""
@@ -159,3 +183,14 @@ def _find_group(accelerator: Any) -> tuple[dist.ProcessGroup | None, bool]:
     if not accelerator.parallelism_config.dp_cp_dim_names:
         return None, True
     return mesh["dp_cp"].get_group(), False
+
+
+def _own_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """A group of the same processes (None: all), with the same timeout."""
+    found = dist.group.WORLD if group is None else group
+    assert found is not None
+    if dist.get_world_size(found) == 1:
+        return found
+    device = torch.device("cuda" if "nccl" in dist.get_backend(found) else "cpu")
+    timeout = found._get_backend(device).options._timeout
+    return dist.new_group(dist.get_process_group_ranks(found), timeout, use_local_synchronization=group is not None)

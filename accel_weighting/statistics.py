@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +31,9 @@ class Statistics:
             the weight of ``shared_layer``), shape ``[K]``; None where there is no branch.
         gram: Inner products of those gradients, shape ``[K, K]``; rows of absent tasks are zero. None where there is
             no branch, or where the heads were fed different tensors, so that only norms are known.
-        moments: Second moments a rotating method asked for (see ``RotoGrad``), else None.
+        moments: For a rotating method, ``[K(K−1)/2, m(m−1)/2]`` on the device: the strict upper triangles of
+            ``G_kᵀ G_j − G_jᵀ G_k`` for all k < j, with the tasks' gradients ``G`` (rows are samples, columns the m rotated
+            features); where it is cooperative, K more rows with those of ``G_kᵀ Z − Zᵀ G_k``. Else None.
         micro_batches: Number of micro-batches in the window, over all processes.
         step: Optimizer steps that came before this window.
     """
@@ -40,7 +42,7 @@ class Statistics:
     present: Tensor
     norms: Tensor | None = None
     gram: Tensor | None = None
-    moments: Any = None
+    moments: Tensor | None = None
     micro_batches: int = 1
     step: int = 0
 
@@ -49,6 +51,10 @@ class Method:
     """Base of every weighting method: a frozen dataclass of hyperparameters with two pure functions.
 
     Class constants say what a method needs and where its weights act.
+
+    A method that rotates the shared representation also has ``widen(state, width) -> State``, called when the width of z
+    is known, and keeps the rotations ``[K, m, m]`` in its state as ``"rotations"``, on the device. One that acts on the
+    shared path and divides the losses by something keeps those factors, ``[K]``, as ``"loss_weights"``.
 
     Attributes:
         needs: Which statistics ``update`` reads, out of ``"losses"``, ``"norms"``, ``"gram"``, ``"moments"``.
@@ -76,6 +82,10 @@ class Method:
         tasks share what the absent ones leave of it.
         """
         raise NotImplementedError
+
+    def weigh(self, state: State, statistics: Statistics) -> Tensor:
+        """Weights for these very statistics, with the state left as it is: what ``lag=0`` applies."""
+        return self.update(state, statistics)[0]
 
 
 def initial_vector(tasks: Sequence[str], values: Mapping[str, float] | Tensor | None, default: float = 1.0) -> Tensor:

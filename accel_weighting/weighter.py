@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .branch import Block, Branch, heads_by_task, locate, nothing
+from .branch import Block, Branch, Rotation, heads_by_task, locate, nothing
 from .processes import Processes, Reduction, signature_pieces
 from .record import Record
 from .statistics import Method, State, Statistics
@@ -104,12 +104,16 @@ class Weighter:
             checks.heads(heads, self.tasks, model)
             checks.heads_are_distinct(heads_by_task(self.tasks, heads, model), self.tasks)
         self._has_heads = heads is not None
+        self._rotates = "moments" in method.needs
+        if layer is not None and (self._rotates or self.lag == 0):
+            raise checks.shared_layer_cannot_rotate(repr(method)) if self._rotates else checks.shared_layer_at_lag_0()
         self._window = Window(len(self.tasks), None if layer is None else (layer.out_features, layer.in_features))
         self._branch = Branch(
             self.tasks,
             self._window.add,
             None if heads is None else lambda: heads_by_task(self.tasks, heads, model),
             None if shared_layer is None else lambda: self._find_layer(shared_layer, model),
+            Rotation(self._rotations, method.dim, method.cooperative_after is not None) if self._rotates else None,
         )
         self._branch.attach()
         if (
@@ -120,6 +124,7 @@ class Weighter:
             self._branch.attach_again_at_first_forward()
 
         self._step = 0
+        self._width: int | None = None  # of z, where the method rotates
         self._open = 0  # micro-batches since the last step, recorded or not
         self._due = False
         self._frozen = False
@@ -186,17 +191,15 @@ class Weighter:
                 total.backward(**kwargs)
             else:
                 self.accelerator.backward(total, **kwargs)
-        except RuntimeError as error:
-            self._branch.disarm()
+        except Exception as error:
+            self.reset()
             if "second time" in str(error):
                 raise checks.graph_already_freed() from error
             raise
         self.step()
         return total.detach()
 
-    def combine(
-        self, losses: Any, *, num_items: int | Mapping[str, int] | None = None, freeze: bool = False
-    ) -> Tensor:
+    def combine(self, losses: Any, *, num_items: int | Mapping[str, int] | None = None, freeze: bool = False) -> Tensor:
         """The weighted total with its graph, for loops that call ``accelerator.backward`` and ``step`` themselves.
 
         With gradients disabled (evaluation) it returns the weighted total and records nothing. Arguments as in
@@ -217,10 +220,15 @@ class Weighter:
         v = self._stack(named, present, empty)
         self._branch.forget()
         on_losses = self.method.acts_on == "losses"
-        w = self._on_device(self._weights, v) if on_losses else torch.ones_like(v)
+        record = gradients and not freeze and self._measuring
+        if on_losses:
+            w = self._on_device(self._weights_at_once(v.detach(), present, counts) if record else self._weights, v)
+        else:
+            loss_weights = self._named_state("loss_weights")
+            w = torch.ones_like(v) if loss_weights is None else self._on_device(loss_weights, v)
         if self._caps:
             w = w * self._scale_down(v.detach())
-        total = v @ w
+        total = (v * w).sum()  # autocast would run a product of vectors in half precision
         if not gradients:
             return total
 
@@ -230,12 +238,14 @@ class Weighter:
             present,
             scale=None if counts is None else 1 / self._on_device(torch.tensor(counts).clamp(min=1), v),
             shared_weights=None if on_losses else self._on_device(self._weights, v),
-            record=not freeze and self._measuring,
+            record=record,
             arrived=self._arrived,
         )
-        if block.record:
+        if record:
             self._window.add_block(v.detach(), present, counts)
             self._expected |= present
+            if self.lag == 0 and not on_losses:
+                block.decide = lambda gram: self._on_device(self._decide(v.detach(), present, counts, gram), v)
         if block.record or not on_losses:
             self._branch.arm(v, block)
         return total
@@ -259,7 +269,8 @@ class Weighter:
                 self._weight_steps += 1
             if self._window.blocks:
                 payload = self._window.pack(self._branch.split)
-                reduction = self._processes.sum(payload, self._signature(len(payload)), self._window.condense)
+                signature, rotations = self._signature(len(payload)), self._named_state("rotations")
+                reduction = self._processes.sum(payload, signature, self._window.condense, rotations)
                 self._pending = reduction, self._step
             else:
                 self._record.see(self._step, self._weights, None, self._skipped)
@@ -359,8 +370,9 @@ class Weighter:
     def _state_digest(self) -> bytes:
         digest = hashlib.blake2b(self._weights.numpy().tobytes())
         for name in sorted(self._state):
-            digest.update(name.encode())
-            digest.update(self._state[name].contiguous().numpy().tobytes())
+            if name.rpartition(".")[2] != "rotations":  # on the device; it has a fingerprint of its own
+                digest.update(name.encode())
+                digest.update(self._state[name].contiguous().numpy().tobytes())
         return digest.digest()
 
     def _finish(self) -> None:
@@ -368,7 +380,7 @@ class Weighter:
         if self._pending is None:
             return
         (reduction, step), self._pending = self._pending, None
-        header, payload = reduction.wait()
+        header, payload, moments = reduction.wait()
         if not self._processes.agreed(header):
             description = {
                 **self._settings(),
@@ -376,11 +388,14 @@ class Weighter:
                 "weights": self._weights.tolist(),
                 "state": self._state_digest().hex()[:8],
             }
+            if (rotations := self._named_state("rotations")) is not None:
+                description["rotations"] = hashlib.blake2b(rotations.cpu().numpy().tobytes()).hexdigest()[:8]
             raise checks.disagreement(self._processes.gather(description), step)
-        sums = self._window.unpack(payload, step)
-        if 0 < sums.counted < sums.blocks:
+        sums = self._window.unpack(payload, moments, step)
+        if 0 < sums.counted < sums.blocks - sums.vacant:
             raise checks.mixed_counts(sums.counted, sums.blocks, step)
-        for what, bad in (("loss", sums.bad_losses), ("gradient", sums.bad_gradients)):
+        bad_moments = [sums.bad_moments] * len(self.tasks)
+        for what, bad in (("loss", sums.bad_losses), ("gradient", sums.bad_gradients), ("moment", bad_moments)):
             if any(bad):
                 return self._hold(what, bad, step)
         self._held = 0
@@ -411,7 +426,7 @@ class Weighter:
             self._told.add(what)
             checks.logger.warning(message)
         self._record.see(step, self._weights, None, self._skipped)
-        if what == "gradient" and self._has_scaler:
+        if what != "loss" and self._has_scaler:
             return
         self._held += 1
         if self._held > self.max_skipped_steps:
@@ -423,16 +438,83 @@ class Weighter:
         accelerator = self.accelerator
         return accelerator is not None and (accelerator.scaler is not None or accelerator.mixed_precision == "fp16")
 
+    # ---- weights of this very step -------------------------------------------------------------------------------
+
+    def _weights_at_once(self, v: Tensor, present: frozenset[int], counts: Sequence[float] | None) -> Tensor:
+        """The weights on the losses of this backward: the last ones, or with ``lag=0`` those of these very losses."""
+        return self._weights if self.lag else self._decide(v, present, counts, None)
+
+    def _decide(
+        self, v: Tensor, present: frozenset[int], counts: Sequence[float] | None, gram: Tensor | None
+    ) -> Tensor:
+        """Weights from this one micro-batch of all processes; the state moves on when the window closes."""
+        block = Window(len(self.tasks))
+        block.add_block(v, present, counts)
+        if gram is not None:
+            block.add("gram", gram)
+        payload = block.pack(self._branch.split)
+        _, host, rest = self._processes.sum(payload, self._signature(0), block.condense).wait()
+        sums = block.unpack(host, rest, self._step)
+        if any(sums.bad_losses) or any(sums.bad_gradients):
+            return self._weights  # the window will be held
+        self._check_statistics(sums.statistics, sums.split)
+        return self.method.weigh(self._state, sums.statistics)
+
+    # ---- rotations -----------------------------------------------------------------------------------------------
+
+    def _named_state(self, name: str) -> Tensor | None:
+        """An entry of the method's state, behind whatever prefix wrappers gave it."""
+        return next((value for key, value in self._state.items() if key.rpartition(".")[2] == name), None)
+
+    def _rotations(self, z: Tensor) -> Tensor:
+        """The rotations ``[K, m, m]`` where ``z`` is: float64 for a float64 model, else float32."""
+        self._finish()
+        method: Any = self.method
+        R = self._named_state("rotations")
+        width = z.shape[method.dim]
+        if R is None or self._width != width:
+            self._state = method.widen(self._state, width)
+            self._width = width
+            R = self._named_state("rotations")
+            assert R is not None
+            K = len(self.tasks)
+            number = K * (K - 1) // 2 + (K if method.cooperative_after is not None else 0)
+            self._window.moments = number, R.shape[-1]
+        dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+        if R.device != z.device or R.dtype != dtype:
+            moved = R.to(z.device, dtype)
+            self._state = {key: moved if value is R else value for key, value in self._state.items()}
+            R = moved
+        return R
+
+    @property
+    def rotations(self) -> dict[str, Tensor]:
+        """``{task: R_k}``, ``[m, m]`` each, those that the next forward will use.
+
+        Raises:
+            RuntimeError: The method does not rotate, or no forward has shown the width of z yet.
+        """
+        self._finish()
+        R = self._named_state("rotations")
+        if R is None:
+            raise checks.no_rotations(repr(self.method), self._rotates)
+        return dict(zip(self.tasks, R.clone(), strict=True))
+
     # ---- the branch --------------------------------------------------------------------------------------------
 
-    def branch(self, z: Tensor) -> dict[str, Tensor]:
+    def branch(self, z: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """Divides the shared representation: ``{task: alias of z}``, one for every head's input.
 
         Written in a model's ``forward``. Gradients of different tasks arrive apart at their aliases.
+
+        Args:
+            z: The shared representation.
+            mask: Which samples count in the statistics (padding does not), of the shape of ``z`` without its
+                feature dimension; None: all.
         """
         if self._has_heads:
             raise checks.heads_and_branch()
-        return self._branch(z)
+        return self._branch(z, mask)
 
     def detach(self) -> None:
         """Removes every hook; nothing is left on the model."""
@@ -537,6 +619,7 @@ class Weighter:
         self._step = state["step"]
         self._skipped, self._held, self._frozen = state["skipped"], state["held"], state["frozen"]
         self._statistics = None
+        self._width = None
         self._copies.clear()
         if not differences:
             self._weights = state["weights"].clone()

@@ -7,6 +7,7 @@ items). Every number in the vector is therefore a sum, over blocks and then over
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,19 +25,23 @@ class Sums:
     Attributes:
         blocks: Number of micro-batches.
         counted: How many of them came with counts.
+        vacant: How many of them held no task at all; they go with counts and without.
         split: How many processes could not relate the gradients of different tasks.
         tapped: How many processes saw gradients meet.
         bad_losses: Per task, the number of processes where a loss was not finite, ``[K]``.
         bad_gradients: Per task, the number of processes where a gradient was not finite, ``[K]``.
+        bad_moments: The number of processes where a rotation's moments were not finite.
     """
 
     statistics: Statistics
     blocks: int
     counted: int
+    vacant: int
     split: int
     tapped: int
     bad_losses: list[int]
     bad_gradients: list[int]
+    bad_moments: int
 
 
 class Window:
@@ -45,17 +50,22 @@ class Window:
     Args:
         tasks: Number of tasks, K.
         matrices: Shape ``[out, in]`` of the shared layer's weight where gradients are taken there, else None.
+
+    Attributes:
+        moments: How many moments of which width a rotating method has, ``(number, m)``, once z is known.
     """
 
     def __init__(self, tasks: int, matrices: tuple[int, int] | None = None) -> None:
         self.tasks = tasks
         self.matrices = matrices
+        self.moments: tuple[int, int] | None = None
         self.clear()
 
     def clear(self) -> None:
         """Opens a new window."""
         self.blocks = 0
         self.counted = 0
+        self.vacant = 0
         self._present = [0] * self.tasks
         self._items = [0.0] * self.tasks
         self._sums: dict[str, Tensor] = {}
@@ -64,6 +74,7 @@ class Window:
         """A micro-batch: its detached losses ``[K]`` (zeros where absent), who was there, and with how many items."""
         self.blocks += 1
         self.counted += counts is not None
+        self.vacant += not present
         for k in present:
             self._present[k] += 1
             self._items[k] += 1 if counts is None else counts[k]
@@ -72,8 +83,14 @@ class Window:
         self.add("losses", losses)
 
     def add(self, name: str, value: Tensor) -> None:
-        """Adds to one of the sums on the device, in float64 (on the CPU where the device has none)."""
-        value = value.to("cpu").double() if value.device.type == "mps" else value.double()
+        """Adds to one of the sums on the device, in float64 (on the CPU where the device has none).
+
+        Moments are large, and stay in the precision they were computed in until the window closes.
+        """
+        if value.device.type == "mps":
+            value = value.to("cpu")
+        if name != "moments":
+            value = value.double()
         if name in self._sums:
             self._sums[name] += value.to(self._sums[name].device)
         else:
@@ -88,56 +105,89 @@ class Window:
         if gradients is None:
             gradients = torch.zeros(K, *(self.matrices or (K,)), dtype=torch.float64, device=device)
         own = gradients.diagonal() if self.matrices is None else gradients.flatten(1).sum(1)
-        counts = [float(self.blocks), float(self.counted), float(split), float(tapped), *self._present, *self._items]
+        triangles = self._triangles(device)
+        header = [self.blocks, self.counted, self.vacant, split, tapped]
+        counts = [*map(float, header), *self._present, *self._items]
         return torch.cat(
             [
                 to_device(torch.tensor(counts, dtype=torch.float64), device),
                 losses,
                 (~losses.isfinite()).double(),
                 (~own.isfinite()).double().to(device),
+                (~triangles.isfinite()).any().double().view(1),
                 gradients.flatten().to(device),
+                triangles.flatten(),
             ]
         )
 
-    def condense(self, vector: Tensor) -> Tensor:
-        """After the sum over processes, still on the device: matrices become their Gram matrix."""
-        if self.matrices is None:
-            return vector
-        head = self._head
-        matrices = vector[head:].view(self.tasks, -1)
-        return torch.cat([vector[:head], (matrices @ matrices.T).flatten()])
+    def _triangles(self, device: torch.device) -> Tensor:
+        """Strict upper triangles of the moments' skew parts: all that a rotation's gradient needs of them."""
+        if self.moments is None:
+            return torch.zeros(0, 0, dtype=torch.float64, device=device)
+        number, m = self.moments
+        if "moments" not in self._sums:
+            return torch.zeros(number, m * (m - 1) // 2, dtype=torch.float64, device=device)
+        S = self._sums["moments"]
+        i, j = _upper(m, S.device)
+        return (S - S.mT)[:, i, j].double().to(device)
+
+    def condense(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """After the sum over processes, still on the device: what the host reads, and what stays on the device.
+
+        A shared layer's matrices become their Gram matrix; moments stay.
+        """
+        head, K = self._head, self.tasks
+        if self.matrices is not None:
+            matrices = vector[head:].view(K, -1)
+            return torch.cat([vector[:head], (matrices @ matrices.T).flatten()]), vector[:0]
+        return vector[: head + K * K], vector[head + K * K :]
 
     @property
     def _head(self) -> int:
-        return 4 + 5 * self.tasks
+        return 5 + 5 * self.tasks + 1
 
-    def unpack(self, vector: Tensor, step: int) -> Sums:
-        """The summed and condensed vector, on the CPU, as statistics of the whole window."""
+    def unpack(self, vector: Tensor, triangles: Tensor, step: int) -> Sums:
+        """The two parts of ``condense``, the first on the CPU, as statistics of the whole window."""
         K = self.tasks
-        blocks, counted, split, tapped = (round(x) for x in vector[:4].tolist())
-        present, items, losses, bad_losses, bad_gradients = vector[4 : self._head].view(5, K)
+        blocks, counted, vacant, split, tapped = (round(x) for x in vector[:5].tolist())
+        present, items, losses, bad_losses, bad_gradients = vector[5 : self._head - 1].view(5, K)
         gram = vector[self._head :].view(K, K)
         n = items if counted else torch.full((K,), float(blocks), dtype=torch.float64)
         there = present > 0
+        known = tapped or not there.any()  # nobody there: rows of zeros
         weights = torch.where(there & (n > 0), 1 / n.clamp(min=math.ulp(1.0)), 0.0)
         gram = gram * torch.outer(weights, weights)
         gram = (gram + gram.T) / 2
+        moments = None
+        if self.moments is not None:
+            i, j = torch.triu_indices(K, K, 1)
+            scale = torch.cat([weights[i] * weights[j], weights])[: self.moments[0]]
+            moments = triangles.view(len(scale), -1) * scale.to(triangles.device)[:, None]
         return Sums(
             statistics=Statistics(
                 losses=torch.where(there, losses / items.clamp(min=math.ulp(1.0)), 0.0),
                 present=there,
-                norms=gram.diagonal().clamp(min=0).sqrt() if tapped else None,
-                gram=gram if tapped and not split else None,
+                norms=gram.diagonal().clamp(min=0).sqrt() if known else None,
+                gram=gram if known and not split else None,
+                moments=moments,
                 micro_batches=blocks,
                 step=step,
             ),
             blocks=blocks,
             counted=counted,
+            vacant=vacant,
             split=split,
             tapped=tapped,
             bad_losses=[round(x) for x in bad_losses.tolist()],
             bad_gradients=[round(x) for x in bad_gradients.tolist()],
+            bad_moments=round(float(vector[self._head - 1])),
         )
+
+
+@functools.lru_cache(maxsize=8)
+def _upper(m: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    i, j = torch.triu_indices(m, m, 1, device=device)
+    return i, j
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

@@ -1,47 +1,42 @@
-"""Five tasks on pairs of handwritten digits: which of them gets how much of the shared trunk?
+"""Five tasks on pairs of handwritten digits, weighted on two processes.
 
-A small Vision Transformer sees two real digits side by side and answers five questions, as in the Multi-MNIST experiment
-of RotoGrad (https://arxiv.org/abs/2103.02631): the left digit, the right digit, their sum, the parity of their product,
-and how many pixels are active. Their losses differ by two orders of magnitude, and so do their gradients.
-
-On two processes of one CPU:
+A small Vision Transformer sees two real digits side by side and answers five questions, as in RotoGrad's Multi-MNIST
+experiment (https://arxiv.org/abs/2103.02631): the left digit, the right digit, their sum, the parity of their product,
+and how many pixels are active. The losses differ in kind and in size, and so do their gradients at the shared trunk.
 
     accelerate launch --config_file launch_configs/cpu_2.yaml examples/multi_digits.py --cpu
-    accelerate launch --config_file launch_configs/cpu_2.yaml examples/multi_digits.py --cpu --compare equal,gradnorm,cov
 
-The results (a table on stdout, `multi_digits.png` and `multi_digits.json`) go to `runs/multi_digits`.
+With `--compare equal,gradnorm,cov` it trains once with each. Prints a table and writes `multi_digits.json` and
+`multi_digits.png` to `--output_dir`.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import accelerate
 import matplotlib
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration, set_seed, tqdm
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from transformers import ViTConfig, ViTModel
 
 import accel_weighting
-from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, Weighter
+from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, Weighter, plot_history
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-
-# Adding a method is a row here. All of them keep the sum of the weights, so that a learning rate means the same.
+# To try another method, add a row. All of these keep the sum of the weights, so that learning rates stay comparable.
 METHODS = {
     "equal": EqualWeighting(),
     "gradnorm": GradNorm(alpha=0.5),
@@ -50,7 +45,7 @@ METHODS = {
 
 
 class Task(NamedTuple):
-    """What a task's head answers with, how the answer is trained, and how it is judged."""
+    """How many numbers a task's head answers with, how they are trained, and how they are judged."""
 
     outputs: int
     loss: str
@@ -58,49 +53,55 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "left": Task(10, "cross_entropy", "accuracy"),
-    "right": Task(10, "cross_entropy", "accuracy"),
-    "sum": Task(1, "mse", "squared error"),
-    "parity": Task(1, "binary_cross_entropy", "accuracy"),
-    "pixels": Task(1, "mse", "squared error"),
+    "left": Task(10, "cross entropy", "accuracy"),
+    "right": Task(10, "cross entropy", "accuracy"),
+    "sum": Task(1, "squared error", "squared error"),
+    "parity": Task(1, "binary cross entropy", "accuracy"),
+    "pixels": Task(1, "squared error", "squared error"),
 }
-COLOURS = dict(zip(TASKS, ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"], strict=True))  # Okabe and Ito's
+LOSSES = {
+    "cross entropy": F.cross_entropy,
+    "binary cross entropy": F.binary_cross_entropy_with_logits,
+    "squared error": F.mse_loss,
+}
 
 
 class DigitPairs(Dataset):
-    """Pairs of images drawn with replacement, with the answers of all five tasks."""
+    """Pairs of images drawn with replacement, with the right answers to all tasks."""
 
-    def __init__(self, images: torch.Tensor, digits: torch.Tensor, pairs: int, seed: int):
-        left, right = torch.randint(len(images), (2, pairs), generator=torch.Generator().manual_seed(seed))
-        pixels = torch.cat([images[left], images[right]], dim=-1) / 16  # shape: [pairs, 8, 16], from 0 to 1
+    def __init__(self, images: Tensor, digits: Tensor, size: int, seed: int):
+        left, right = torch.randint(len(images), (2, size), generator=torch.Generator().manual_seed(seed))
+        active = (images > 0.5).float().mean((1, 2))
         self.columns = {
-            "pixels": pixels.unsqueeze(1),
+            "image": torch.cat([images[left], images[right]], dim=2).unsqueeze(1),  # shape: [size, 1, 8, 16]
             "left": digits[left],
             "right": digits[right],
             "sum": (digits[left] + digits[right]).float(),
             "parity": (digits[left] * digits[right] % 2).float(),
-            "active": 10 * (pixels > 0.5).float().mean((1, 2)),
+            "pixels": (active[left] + active[right] - 2 * active.mean()) / (active.std() * math.sqrt(2)),
         }
 
     def __len__(self) -> int:
-        return len(self.columns["pixels"])
+        return len(self.columns["image"])
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: column[index] for name, column in self.columns.items()}
 
 
 def load_pairs(seed: int) -> tuple[DigitPairs, DigitPairs]:
-    """Pairs to train on and pairs to test on, made of different images."""
-    digits = load_digits()
-    images, labels = torch.tensor(digits.images, dtype=torch.float32), torch.tensor(digits.target)
-    train, test = train_test_split(range(len(images)), test_size=0.25, stratify=digits.target, random_state=seed)
+    """Pairs to train on and pairs to test on, which share no image."""
+    digits = load_digits()  # 1,797 images of 8 × 8 pixels from 0 to 16
+    train, test = train_test_split(
+        range(len(digits.target)), test_size=0.25, stratify=digits.target, random_state=seed
+    )
+    images, labels = torch.tensor(digits.images, dtype=torch.float32) / 16, torch.tensor(digits.target)
     return DigitPairs(images[train], labels[train], 16_384, seed), DigitPairs(images[test], labels[test], 4_096, seed)
 
 
 class MultiDigitModel(nn.Module):
     """A small Vision Transformer as the shared trunk, and one head per task on its class token."""
 
-    def __init__(self, width: int = 64, layers: int = 4):
+    def __init__(self, width: int = 64, layers: int = 3):
         super().__init__()
         config = ViTConfig(
             image_size=(8, 16),
@@ -110,17 +111,252 @@ class MultiDigitModel(nn.Module):
             num_hidden_layers=layers,
             num_attention_heads=4,
             intermediate_size=2 * width,
-            hidden_dropout_prob=0.0,  # dropout is seeded per process: the weights would depend on how the batch is cut
+            hidden_dropout_prob=0.0,  # every process draws its own dropout: the weights would depend on their number
             attention_probs_dropout_prob=0.0,
         )
         self.trunk = ViTModel(config, add_pooling_layer=False)
-        self.heads = nn.ModuleDict(
-            {
-                name: nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, task.outputs))
-                for name, task in TASKS.items()
-            }
-        )
+        self.heads = nn.ModuleDict()
+        for name, task in TASKS.items():
+            self.heads[name] = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, task.outputs))
 
-    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        z = self.trunk(pixels).last_hidden_state[:, 0]  # shape: [batch, width]
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """The answers to all tasks."""
+        z = self.trunk(image).last_hidden_state[:, 0]  # shape: [batch, width]
         return {name: head(z).squeeze(-1) for name, head in self.heads.items()}
+
+
+class Progress:
+    """Where a run is. Saved and loaded with the accelerator's state."""
+
+    def __init__(self):
+        self.epoch = self.batches = self.step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """What `accelerator.save_state` keeps."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """What `accelerator.load_state` brings back."""
+        vars(self).update(state)
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
+    """Writes aside and renames, so that whatever is interrupted leaves one whole checkpoint: the latest."""
+    whole, partial = folder / f"step_{step:06d}", folder / "partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()  # every process has written its random state
+    if accelerator.is_main_process:
+        older = list(folder.glob("step_*"))
+        shutil.rmtree(whole, ignore_errors=True)
+        partial.rename(whole)
+        for checkpoint in older:
+            if checkpoint != whole:
+                shutil.rmtree(checkpoint)
+    accelerator.wait_for_everyone()
+
+
+def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One run with one method: its test metrics, final weights, history and duration."""
+    accelerator = Accelerator(
+        cpu=args.cpu,
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.accumulation,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    )
+    set_seed(args.seed)
+    train_set, test_set = load_pairs(args.seed)
+    model = MultiDigitModel()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    train_loader = DataLoader(train_set, batch_size=args.batch_size, shuffle=True, drop_last=True)
+    test_loader = DataLoader(test_set, batch_size=512)
+    model, optimizer, train_loader, test_loader = accelerator.prepare(model, optimizer, train_loader, test_loader)
+    heads = {task: f"heads.{task}" for task in TASKS}
+    weighter = Weighter(METHODS[name], list(TASKS), accelerator=accelerator, heads=heads, model=model)
+
+    progress = Progress()
+    accelerator.register_for_checkpointing(progress)
+    folder = args.checkpoint_dir and args.checkpoint_dir / name
+    checkpoints = sorted(folder.glob("step_*")) if args.resume else []
+    if checkpoints:
+        accelerator.load_state(str(checkpoints[-1]))
+        accelerator.print(f"{name}: resumed after {progress.step} steps")
+
+    start = time.perf_counter()
+    bar = tqdm(total=args.steps, initial=progress.step, desc=name, mininterval=1)
+    while progress.step < args.steps:
+        train_loader.set_epoch(progress.epoch)
+        for batch in skip_first_batches(train_loader, progress.batches):
+            with accelerator.accumulate(model):
+                outputs = model(batch["image"])
+                losses = {task: LOSSES[TASKS[task].loss](outputs[task], batch[task]) for task in TASKS}
+                weighter.backward(losses)
+                optimizer.step()
+                optimizer.zero_grad()
+            progress.batches += 1
+            if accelerator.sync_gradients:
+                progress.step += 1
+                weights = " ".join(f"{task} {weight:.2f}" for task, weight in weighter.weights.items())
+                bar.set_postfix_str(weights, refresh=False)
+                bar.update()
+                last = progress.step == args.steps
+                if folder and (last or progress.step % args.save_every == 0):
+                    save_checkpoint(accelerator, folder, progress.step)
+                if last:
+                    break
+        else:
+            progress.epoch, progress.batches = progress.epoch + 1, 0
+    bar.close()
+    seconds = time.perf_counter() - start
+
+    metrics = evaluate(accelerator, model, test_loader)
+    weighter.detach()
+    return {
+        "method": repr(weighter.method),
+        "processes": accelerator.num_processes,
+        "pairs_per_step": args.batch_size * accelerator.num_processes * args.accumulation,
+        "seconds": seconds,
+        "metrics": metrics,
+        "weights": weighter.weights,
+        "history": weighter.history,
+    }
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader) -> dict[str, float]:
+    """The metric of every task over the whole test set."""
+    model.eval()
+    scores = {task: [] for task in TASKS}
+    for batch in loader:
+        outputs = model(batch["image"])
+        for name, task in TASKS.items():
+            answer, truth = accelerator.gather_for_metrics((outputs[name], batch[name]))
+            if task.metric == "accuracy":
+                scores[name].append((answer.argmax(-1) if task.outputs > 1 else answer > 0) == truth)
+            else:
+                scores[name].append((answer - truth).square())
+    return {task: torch.cat(values).float().mean().item() for task, values in scores.items()}
+
+
+def improvement(metrics: dict[str, float], baseline: dict[str, float]) -> dict[str, float]:
+    """Relative change in percent, positive where it is better."""
+    signs = {name: 1 if task.metric == "accuracy" else -1 for name, task in TASKS.items()}
+    return {task: 100 * signs[task] * (metrics[task] / baseline[task] - 1) for task in TASKS}
+
+
+def table(runs: dict[str, dict[str, Any]]) -> str:
+    """Metrics of all runs as text; where equal weights ran, with the change against them."""
+    baseline = runs.get("equal", {}).get("metrics")
+    lines = [["task", "metric", *runs]]
+    for name, task in TASKS.items():
+        cells = []
+        for method, run in runs.items():
+            cell = f"{run['metrics'][name]:.4f}"
+            if baseline and method != "equal":
+                cell += f" ({improvement(run['metrics'], baseline)[name]:+.1f} %)"
+            cells.append(cell)
+        lines.append([name, task.metric, *cells])
+    if baseline and len(runs) > 1:
+        changes = [sum(improvement(run["metrics"], baseline).values()) / len(TASKS) for run in runs.values()]
+        lines.append(["mean change", "", *(f"{change:+.1f} %" for change in changes)])
+    lines.append(["duration", "", *(f"{run['seconds']:.0f} s" for run in runs.values())])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
+
+
+def smooth(history: list[tuple[int, dict[str, float]]]) -> list[tuple[int, dict[str, float]]]:
+    """Means over a fiftieth of the run: single batches are too noisy to look at."""
+    width = max(1, len(history) // 50)
+    windows = [history[end - width : end] for end in range(width, len(history) + 1)]
+    return [(w[-1][0], {name: sum(values[name] for _, values in w) / width for name in w[0][1]}) for w in windows]
+
+
+def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
+    """One row per method: its weights, the losses and the gradient norms that led to them."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = {"weight": "weight", "loss": "loss", "grad_norm": "gradient norm at the trunk's output"}
+    rows, columns = len(runs), len(panels)
+    size = (13, 0.9 + 2.9 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey="col", squeeze=False, layout="constrained")
+    for (method, run), row in zip(runs.items(), axes, strict=True):
+        history = smooth(run["history"])
+        for ax, (values, title) in zip(row, panels.items(), strict=True):
+            plot_history(history, ax, values=values)
+            handles, labels = ax.get_legend_handles_labels()
+            ax.get_legend().remove()
+            ax.set(title=title if row is axes[0] else "", xlabel="optimizer step" if row is axes[-1] else "", ylabel="")
+        row[0].set_ylabel(method)
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(TASKS), frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=METHODS, default="gradnorm", help="weighting method (default: gradnorm)")
+    parser.add_argument(
+        "--compare",
+        metavar="A,B,…",
+        help="several methods, one after the other, from the same seed with the same budget, instead of --method",
+    )
+    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps (default: 1200)")
+    parser.add_argument("--batch_size", type=int, default=64, help="pairs per micro-batch and process (default: 64)")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step (default: 1)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW (default: 0.001)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split, the pairs, the model and the order")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="(default: no)")
+    parser.add_argument("--checkpoint_dir", type=Path, help="keep the latest checkpoint of every method here")
+    parser.add_argument("--save_every", type=int, default=200, help="optimizer steps between two (default: 200)")
+    parser.add_argument("--resume", action="store_true", help="go on from what is in --checkpoint_dir, if anything is")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/multi_digits"), help="(default: %(default)s)")
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU, also where there are accelerators")
+    args = parser.parse_args()
+    args.methods = args.compare.split(",") if args.compare else [args.method]
+    if unknown := sorted(set(args.methods) - set(METHODS)):
+        parser.error(f"--compare: {', '.join(unknown)} not among {', '.join(METHODS)}")
+    if args.resume and not args.checkpoint_dir:
+        parser.error("--resume needs --checkpoint_dir")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision)
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise SystemExit(
+            f"{launched} processes were started, and each sees {accelerator.num_processes}: they would train apart.\n"
+            "On a machine without accelerators, write --cpu after the name of the script."
+        )
+    accelerator.print(f"{accelerator.num_processes} processes, {accelerator.distributed_type}")
+
+    runs = {method: train(method, args) for method in args.methods}
+    accelerator.print(table(runs))
+    if accelerator.is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        draw(runs, args.output_dir / "multi_digits.png")
+        results = {
+            "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+            "versions": {
+                "python": platform.python_version(),
+                **{
+                    module.__name__: module.__version__
+                    for module in (torch, accelerate, transformers, accel_weighting)
+                },
+            },
+            "processes": accelerator.num_processes,
+            "runs": runs,
+        }
+        (args.output_dir / "multi_digits.json").write_text(json.dumps(results, indent=1))
+        print(f"Results are in {args.output_dir}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -98,7 +98,7 @@ def solve_present(
 
 
 def cosines(M: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines ``[K, K]`` and norms ``[K]`` of the gradients whose Gram matrix is ``M``; a zero gradient has cosines 0."""
+    """Cosines ``[K, K]``, 0 for a zero gradient, and norms ``[K]`` of the gradients whose Gram matrix is ``M``."""
     n = M.diagonal().clamp(min=0).sqrt()
     inverse = torch.where(n > 0, 1 / n, 0.0)
     return M * inverse * inverse[:, None], n
@@ -127,17 +127,22 @@ def mixed_seed(seed: int, counter: int) -> int:
     return (seed * 0x9E3779B1 + counter) & 0xFFFFFFFF
 
 
-def min_norm(M: Tensor) -> Tensor:
+def min_norm(M: Tensor, m: Tensor | None = None) -> Tensor:
     """``argmin αᵀMα`` over the simplex: the shortest vector in the convex hull of the gradients. Exact.
 
-    With ``m > 0`` it is ``α = u/Σu``, ``u = argmin_{u ≥ 0} ½uᵀ(M + m·11ᵀ)u − 1ᵀu`` (their optimality conditions are
-    the same), for any m; the smallest diagonal entry keeps the digits of short gradients. Of several minimisers it
-    takes, nearly, the one with the smallest ‖α‖, so that equal tasks have equal weights.
+    It is ``α = u/Σu``, ``u = argmin_{u ≥ 0} ½uᵀ(M + m·11ᵀ)u − 1ᵀu`` for any ``m > 0``: the optimality conditions are
+    the same. Of several minimisers it takes an even one, so that equal tasks have equal weights.
+
+    Args:
+        M: Gram matrix, ``[K, K]``.
+        m: None: the smallest diagonal entry, which keeps the digits of short gradients. To be given where M is itself
+            the result of a subtraction, so that its smallest entry may be noise.
     """
-    m = M.diagonal().min()
-    if m <= 0:
-        zero = (M.diagonal() <= 0).to(M.dtype)
-        return zero / zero.sum()
+    if m is None:
+        m = M.diagonal().min()
+        if m <= 0:
+            zero = (M.diagonal() <= 0).to(M.dtype)
+            return zero / zero.sum()
     s = (M.diagonal() / m + 1).rsqrt()  # scales the diagonal to 1, after a division by m
     Q = (M / m + 1) * s * s[:, None]
     values, V = torch.linalg.eigh(Q)
@@ -152,14 +157,8 @@ def min_norm(M: Tensor) -> Tensor:
 def nonnegative_minimum(Q: Tensor, b: Tensor) -> Tensor:
     """``argmin_{x ≥ 0} ½xᵀQx − bᵀx`` for a positive definite ``Q``, by the active set of Lawson and Hanson (1974)."""
     x = torch.zeros_like(b)
-    free = torch.zeros_like(b, dtype=torch.bool)
+    free = torch.ones_like(b, dtype=torch.bool)
     for _ in range(10 * len(b)):
-        descent = b - Q @ x
-        noise = 8 * torch.finfo(b.dtype).eps * (Q.abs() @ x + b.abs())
-        candidates = ~free & (descent > noise)
-        if not candidates.any():
-            break
-        free[descent.where(candidates, -torch.inf).argmax()] = True
         while True:
             z = torch.zeros_like(x)
             z[free] = torch.linalg.solve(Q[free][:, free], b[free])
@@ -171,4 +170,10 @@ def nonnegative_minimum(Q: Tensor, b: Tensor) -> Tensor:
             free = free & (step > step.min())
             x = x.where(free, 0.0)
         x = z
+        descent = b - Q @ x
+        noise = 8 * torch.finfo(b.dtype).eps * (Q.abs() @ x + b.abs())
+        candidates = ~free & (descent > noise)
+        if not candidates.any():
+            break
+        free[descent.where(candidates, -torch.inf).argmax()] = True
     return x

@@ -15,8 +15,8 @@ from accel_weighting.methods.algebra import RANK, GramMethod, cosines
 class AlignedMTL(GramMethod):
     """Independent component alignment: the mean gradient after ``M = VΛVᵀ`` is made ``σ²I`` (Alg. 1).
 
-    ``B = σ V Λ^{-1/2} Vᵀ`` aligns the gradients, all of them to length σ, and the weights are the row means of B: those
-    of a mean, as TorchJD's with its default preferences.
+    ``B = σ V Λ^{-1/2} Vᵀ`` aligns the gradients, all of them to length σ, and the weights are the row means of B:
+    those of a mean, as TorchJD's with its default preferences.
 
     Only the rank of M counts as many eigenvalues; it is read from the cosines, in which a short gradient weighs as
     much as a long one. A zero gradient has weight 0.

@@ -17,10 +17,10 @@ from accel_weighting.statistics import Method, State, Statistics, initial_vector
 class GradientBalancer(Method):
     """A share of the gradient for every task: ``w_k = (λ_k / Σ_j λ_j) · R / ⟨n_k⟩_β`` (§3.4).
 
-    ``⟨n⟩_β`` is the moving average ``Σ_s β^s n(t−s) / Σ_s β^s`` over the windows in which the task was present. EnCodec takes n
-    at the model's output, as a mean of norms over the items of a batch and then over processes; here it is the norm
-    of the gradient over the global batch, at the shared representation, which no cut of the batch changes. The averages
-    are in the state, so a resumed run goes on with them.
+    ``⟨n⟩_β`` is the moving average ``Σ_s β^s n(t−s) / Σ_s β^s`` over the windows in which the task was present.
+    EnCodec takes n at the model's output, as a mean of norms over the items of a batch and then over processes; here
+    it is the norm of the gradient over the global batch, at the shared representation, which no cut of the batch
+    changes. The averages are in the state, so a resumed run goes on with them.
 
     An absent task keeps its average and its weight, and the shares are taken among the present, as in the source. So
     does a task whose gradient has always been zero.
@@ -55,15 +55,12 @@ class GradientBalancer(Method):
     def init(
         self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """The weights for norms of 1; tasks named in ``initial_weights`` have theirs."""
+        """The weights for norms of 1 unless ``initial_weights`` are given; no averages yet."""
         if unknown := sorted(set(self.shares or ()) - set(tasks)):
             raise ValueError(f"Parameter `shares` names unknown tasks {unknown}. Found `tasks = {list(tasks)}`.")
         shares = initial_vector(tasks, self.shares)
         weights = self._weights(shares, torch.ones_like(shares))
-        if isinstance(initial_weights, Mapping):
-            given = torch.tensor([task in initial_weights for task in tasks])
-            weights = torch.where(given, initial_vector(tasks, initial_weights), weights)
-        elif initial_weights is not None:
+        if initial_weights is not None:
             weights = initial_vector(tasks, initial_weights)
         zeros = torch.zeros_like(weights)
         return weights, {"weights": weights, "shares": shares, "sum": zeros, "count": zeros}

@@ -71,8 +71,7 @@ class CoVWeighting(Method):
         w = initial_vector(tasks, initial_weights)
         w = w * ((1 if self.total == "one" else len(tasks)) / w.sum())
         zero = torch.zeros_like(w)
-        state = {"weights": w, "loss_mean": zero, "ratio_mean": zero, "ratio_variance": zero}
-        return w, state | {"count": torch.zeros(len(tasks), dtype=torch.int64)}
+        return w, {"weights": w, "loss_mean": zero, "ratio_mean": zero, "ratio_variance": zero, "count": zero}
 
     def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
         """Takes the losses of step t into the statistics; the weights of step t + 1."""
@@ -80,7 +79,7 @@ class CoVWeighting(Method):
         L, first = statistics.losses, t == 0
         seen = statistics.present & ~(first & (L <= 0))
 
-        p = t / (t + 1) if self.decay is None else torch.where(first, 0.0, self.decay)
+        p = t / (t + 1) if self.decay is None else self.decay * t.clamp(max=1)  # 0 at t = 0
         ratio = torch.where(first, 1.0, L / mu_L)
         delta = ratio - mu
         new = {

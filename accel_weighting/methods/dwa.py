@@ -52,6 +52,7 @@ class DynamicWeightAverage(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"losses"})
     positive_losses: ClassVar[bool] = True
+    keeps_sum: ClassVar[bool] = True
 
     temperature: float = 2.0
     steps_per_epoch: int = 1

@@ -47,6 +47,7 @@ class FAMO(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"losses"})
     positive_losses: ClassVar[bool] = True
+    keeps_sum: ClassVar[bool] = True
 
     lr: float = 0.025
     gamma: float = 0.01

@@ -12,16 +12,18 @@ from accel_weighting.methods.algebra import LIMIT, GramMethod, equal_projections
 
 @dataclass(frozen=True)
 class IMTLG(GramMethod):
-    """Impartial multi-task learning, the gradient part: ``g·u_k`` is the same for all k, ``g = Σ α_k g_k``, ``Σα = 1``.
+    """Impartial multi-task learning at the gradients: ``g = Σ α_k g_k`` with the same ``g·u_k`` for all k, ``Σα = 1``.
 
-    With the unit gradients ``u_k = g_k/n_k`` and their cosines C that is ``α_k n_k ∝ (C⁺1)_k`` (the paper's closed form,
-    eq. 6, for any rank): multiplying one task's loss by a constant changes nothing but the length of g. The weights sum to
-    1 and may be negative, as in the paper and in TorchJD, whose ``M⁺n`` is the same wherever C is regular.
+    With the unit gradients ``u_k = g_k/n_k`` and their cosines C that is ``α_k n_k ∝ (C⁺1)_k`` (the paper's closed
+    form, for any rank): multiplying one task's loss by a constant changes nothing but the length of g. The weights
+    sum to 1 and may be negative, as in the paper and in TorchJD, whose ``M⁺n`` is the same wherever C is regular.
 
-    Where the gradients cancel out, or where the sum before normalising is not positive or so small that a weight would
-    pass 1,000 (the paper's g then points uphill for every task, or is without bound), ``α_k ∝ 1/n_k``. A zero gradient has weight 0.
+    Where the gradients cancel out, or where the sum before normalising is not positive or so small that a weight
+    would pass 1,000 (the paper's g then points uphill for every task, or is without bound), ``α_k ∝ 1/n_k``. A zero
+    gradient has weight 0.
 
-    Source: Liu et al., Towards Impartial Multi-Task Learning, ICLR 2021; in terms of the Gram matrix, arXiv 2406.16232.
+    Source: Liu et al., Towards Impartial Multi-Task Learning, ICLR 2021; in terms of the Gram matrix, arXiv
+    2406.16232.
     """
 
     total: ClassVar[float | None] = 1.0

@@ -14,9 +14,10 @@ from accel_weighting.methods.algebra import GramMethod, cosines, min_norm
 class MGDA(GramMethod):
     """Multiple-gradient descent: ``min_α ‖Σ α_k g_k‖²  s.t.  Σ α_k = 1, α_k ≥ 0`` (Sener and Koltun, eq. 3).
 
-    The minimiser is a common descent direction, or 0 at a Pareto-stationary point. It is exact here (an active set), not
-    the paper's Frank–Wolfe iteration. Read at the shared representation, as the weighter does by default, this is the
-    paper's MGDA-UB (its eq. 6). Of several minimisers it takes the most even one; zero gradients share all the weight.
+    The minimiser is a common descent direction, or 0 at a Pareto-stationary point. It is exact here (an active set),
+    not the paper's Frank–Wolfe iteration. Read at the shared representation, as the weighter does by default, this
+    is the paper's MGDA-UB (its eq. 6). Of several minimisers it takes the most even one; zero gradients share all
+    the weight.
 
     The weights sum to 1, as TorchJD's do. Short gradients get the most of it: ``α_k ∝ 1/n_k²`` if all are orthogonal.
 

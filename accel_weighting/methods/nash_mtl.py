@@ -12,15 +12,15 @@ from accel_weighting.methods.algebra import LIMIT, GramMethod
 
 @dataclass(frozen=True)
 class NashMTL(GramMethod):
-    """The Nash bargaining solution: ``Mα = 1/α``, ``α > 0`` (Claim 3.1), so that every task gains the same, ``α_k g_k·g = 1``.
+    """The Nash bargaining solution: ``Mα = 1/α``, ``α > 0`` (Claim 3.1): every ``α_k g_k·g`` is 1.
 
-    It is the minimum of ``½αᵀMα − Σ log α_k``, which is self-concordant: damped Newton steps reach it from anywhere. The
-    paper linearises and calls a solver 20 times; there is nothing of the last solution in this one.
+    It is the minimum of ``½αᵀMα − Σ log α_k``, which is self-concordant: damped Newton steps reach it from anywhere.
+    The paper linearises and calls a solver 20 times; there is nothing of the last solution in this one.
 
-    M has mean diagonal 1 (the authors' code divides by its Frobenius norm), so orthonormal gradients have weight 1 each,
-    and ``‖g‖² = K`` in units of the mean squared norm. The authors then clip ‖g‖ to 1: clip the optimizer's gradients
-    instead. A singular M has no solution (opposite gradients: α grows without bound), so 1e-6 is added to its diagonal,
-    which leaves weights of about 1,000 at most.
+    M has mean diagonal 1 (the authors' code divides by its Frobenius norm), so orthonormal gradients have weight 1
+    each, and ``‖g‖² = K`` in units of the mean squared norm. The authors then clip ‖g‖ to 1: clip the optimizer's
+    gradients instead. A singular M has no solution (opposite gradients: α grows without bound), so 1e-6 is added to
+    its diagonal, which leaves weights of about 1,000 at most.
 
     The paper warns against gradients at the representation (App. C): prefer ``shared_layer``.
 

@@ -38,6 +38,7 @@ class RandomLossWeighting(Method):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    keeps_sum: ClassVar[bool] = True
 
     distribution: Literal["normal", "dirichlet"] = "normal"
     seed: int = 0

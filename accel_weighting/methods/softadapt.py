@@ -26,7 +26,7 @@ class SoftAdapt(Method):
     the batches. Variants:
 
     - ``"original"``: as above. Slopes carry the units of their losses.
-    - ``"normalized"``: ``s_k / Σ_j |s_j|`` in place of s_k (§3.1.3), so that β means the same whatever the units.
+    - ``"normalized"``: ``s_k / Σ_j |s_j|`` in place of s_k (§3.1.3), so that β is free of units.
     - ``"loss_weighted"``: ``α_k ∝ f_k exp(β s_k)``, f_k the mean loss over the same steps; a mean at or below 0
       leaves the task the smallest weight.
 
@@ -48,6 +48,7 @@ class SoftAdapt(Method):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"losses"})
+    keeps_sum: ClassVar[bool] = True
 
     beta: float = 0.1
     history: int = 1
@@ -117,6 +118,7 @@ class ReLoBRaLo(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"losses"})
     positive_losses: ClassVar[bool] = True
+    keeps_sum: ClassVar[bool] = True
 
     alpha: float = 0.999
     tau: float = 0.1

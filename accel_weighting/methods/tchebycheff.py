@@ -54,6 +54,7 @@ class SmoothTchebycheff(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"losses"})
     positive_losses: ClassVar[bool] = True
+    keeps_sum: ClassVar[bool] = True
 
     mu: float = 0.5
     warmup: int = 100

@@ -20,17 +20,18 @@ _NOT_GRAMIAN = {"ExcessMTLWeighting", "MoDoWeighting", "SDMGradWeighting", "_Nas
 class TorchJDWeighting(Method):
     """A ``torchjd.aggregation.*Weighting`` on the Gram matrix of the global batch, solved alike on every process.
 
-    The Gram matrix comes in float64, without absent tasks, divided by its mean diagonal entry (TorchJD's ``norm_eps`` is
-    compared with its trace, and would make small gradients zero). A task that is alone has weight 1. An answer that is
-    not finite leaves the weights as they were. Random weightings draw from a seed of ``seed`` and a counter, and leave the
-    global generators alone.
+    The Gram matrix comes in float64, without absent tasks, divided by its mean diagonal entry (TorchJD's
+    ``norm_eps`` is compared with its trace, and would make small gradients zero). A task that is alone has weight 1.
+    An answer that is not finite leaves the weights as they were. Random weightings draw from a seed of ``seed`` and
+    a counter, and leave the global generators alone.
 
     The weighting is copied, reset and never called itself: what its calls change (``GradVacWeighting``,
-    ``PCDWeighting``, ``CRMOGMWeighting``) is kept in the state, where every dimension of K entries belongs to the tasks. It
-    begins with the first window in which no task is absent; later an absent task keeps its part.
+    ``PCDWeighting``, ``CRMOGMWeighting``) is kept in the state, where every dimension of K entries belongs to the
+    tasks. It begins with the first window in which no task is absent; later an absent task keeps its part.
 
     UPGrad and DualProj lose their guarantee for a gradient of 1 % of the others' length at TorchJD's default
-    regularisation: give them ``QuadprogProjector(norm_eps=0, reg_eps=1e-9)``. For PCD, the first *present* task is the primary.
+    regularisation: give them ``QuadprogProjector(norm_eps=0, reg_eps=1e-9)``. For PCD, the first *present* task is
+    the primary.
 
     Args:
         weighting: For example ``UPGradWeighting()``.
@@ -122,7 +123,7 @@ class TorchJDWeighting(Method):
         weighting = copy.deepcopy(self.weighting)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             if memory:
-                weighting(M)  # sets up what is not a tensor: TorchJD notes the number of tasks, and starts anew if it differs
+                weighting(M)  # for what is not a tensor: TorchJD notes the number of tasks, to start anew on another
                 _restore(weighting, memory)
             torch.default_generator.manual_seed(mixed_seed(self.seed, counter))
             weights = weighting(M).to(torch.float64)
@@ -134,7 +135,7 @@ class TorchJDWeighting(Method):
 def _tensors(weighting: nn.Module) -> State:
     """Buffers and plain tensor attributes of a module and its children, by dotted name."""
     return {
-        f"{path}.{key}": value
+        f"{path}.{key}" if path else key: value
         for path, module in weighting.named_modules()
         for key, value in {**vars(module), **module._buffers}.items()
         if isinstance(value, Tensor)
@@ -163,5 +164,5 @@ def _describe(value: Any) -> str:
     settings = dict(getattr(value, "__dict__", {}))
     if isinstance(value, nn.Module):
         settings = {key: v for key, v in settings.items() if key not in vars(nn.Module())} | value._modules
-    name = getattr(value, "__qualname__", type(value).__name__)
-    return f"{name}({', '.join(f'{key.lstrip("_")}={_describe(v)}' for key, v in settings.items() if v is not None)})"
+    parts = [f"{key.lstrip('_')}={_describe(v)}" for key, v in settings.items() if v is not None]
+    return f"{getattr(value, '__qualname__', type(value).__name__)}({', '.join(parts)})"

@@ -32,7 +32,9 @@ def run(method, losses, present=None, initial_weights=None):
 
 def random_losses(steps=200, K=3, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return torch.rand(steps, K, generator=g, dtype=torch.float64) * torch.logspace(-3, 3, K, dtype=torch.float64) + 1e-4
+    return (
+        torch.rand(steps, K, generator=g, dtype=torch.float64) * torch.logspace(-3, 3, K, dtype=torch.float64) + 1e-4
+    )
 
 
 def reference(losses, decay=None):
@@ -79,7 +81,7 @@ def test_equal_to_the_reference_over_200_steps(decay):
 
 
 def test_a_constant_loss_is_satisfied():
-    """papers.md §1.2: a constant against an exponentially decaying loss."""
+    """Against an exponentially decaying one."""
     losses = [(1.0, math.exp(-0.04 * t)) for t in range(500)]
     weights, _ = run(CoVWeighting(), losses)
     assert weights[1].tolist() == [0.5, 0.5]
@@ -161,7 +163,9 @@ def test_a_zero_first_loss_is_no_observation():
     late = torch.ones_like(losses, dtype=torch.bool)
     late[:5, 2] = False
     zero_first = torch.where(late, losses, 0.0)
-    torch.testing.assert_close(run(CoVWeighting(), zero_first)[0], run(CoVWeighting(), losses, late)[0], rtol=0, atol=0)
+    torch.testing.assert_close(
+        run(CoVWeighting(), zero_first)[0], run(CoVWeighting(), losses, late)[0], rtol=0, atol=0
+    )
 
 
 def test_later_zeros_are_observations():

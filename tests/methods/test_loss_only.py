@@ -251,6 +251,13 @@ def test_softadapt_reads_slopes_of_negative_losses():
     close(trajectory(SoftAdapt(), losses - 100)[0], trajectory(SoftAdapt(), losses)[0])
 
 
+def test_softadapt_normalizes_by_the_slopes_of_those_present():
+    method = SoftAdapt(beta=2.0, variant="normalized")
+    _, state = trajectory(method, [[1.0, 2.0, 3.0], [1.0, 2.0, 9.0]])
+    weights, _ = method.update(state, window([1.5, 1.0, 0.0], [1, 1, 0]))
+    close(weights[0] / weights[1], math.exp(2.0 * (0.5 + 1.0) / (0.5 + 1.0)))
+
+
 @pytest.mark.parametrize("rho", [0.0, 0.5, 1.0])
 def test_relobralo(rho):
     losses, alpha, tau = random_losses(), 0.8, 0.6
@@ -340,7 +347,8 @@ def test_a_task_that_never_comes_leaves_the_others_as_if_it_were_not_there(name)
 @ids
 def test_the_sum_is_that_of_the_initial_weights(name):
     method, total = METHODS[name]
-    if total is not None:
+    assert method.keeps_sum == (total is not None)
+    if method.keeps_sum:
         weights, _ = trajectory(method, random_losses(), initial_weights={"a": 0.5, "b": 1.0, "c": 2.5})
         np.testing.assert_allclose(weights.sum(1), 4, rtol=1e-12)
 

@@ -78,7 +78,7 @@ def test_settings_that_change_nothing(method):
 
 
 def clamped(weights, low, high):
-    w, state = Clamp(Scripted(((1.0, 1.0, 1.0), weights)), low, high).init(TASKS[:3])
+    _, state = Clamp(Scripted(((1.0, 1.0, 1.0), weights)), low, high).init(TASKS[:3])
     return Clamp(Scripted(((1.0, 1.0, 1.0), weights)), low, high).update(state, THREE)[0]
 
 

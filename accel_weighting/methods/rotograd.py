@@ -1,0 +1,329 @@
+"""RotoGrad (Javaloy and Valera, ICLR 2022): gradients made alike in magnitude by weights, in direction by rotations."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from accel_weighting.methods.adam import adam_state, adam_step
+from accel_weighting.methods.algebra import share
+from accel_weighting.statistics import Method, State, Statistics, initial_vector
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rotating(Method):
+    """What RotoGrad and RotoGradNorm have in common: the rotations.
+
+    ``R_k`` descends ``−Σ_n ⟨R_kᵀ g̃_{n,k}, v_n⟩``, ``v_n = (1/K) Σ_j u_{n,j}`` held constant, where ``g̃ = R_k g`` is the
+    gradient at the rotated features. With the matrices ``U_k = G_k / ‖G_k‖`` of all rows that is ``∇_{R_k} = −R_k M_k``
+    (in units of ``‖G_k‖``), ``M_k = (1/K) Σ_j U_kᵀ U_j``. On SO(d) only the skew part ``B_k = M_k − M_kᵀ`` counts.
+    """
+
+    size: int | None = None
+    dim: int = -1
+    lr: float = 0.05
+    lr_decay: float = 0.9999
+    burn_in: int = 20
+    init: InitVar[Literal["identity", "haar"]] = "identity"
+    seed: int = 0
+    normalize_losses: bool = False
+    cooperative_after: int | None = None
+    initial_rotations: str = field(init=False, default="identity")
+
+    rotate: ClassVar[bool] = True
+    acts_on: ClassVar[Literal["losses", "shared"]] = "shared"
+
+    def __post_init__(self, init: Any) -> None:
+        # The class has a function of the same name, which is therefore the argument's default.
+        if callable(init):
+            init = getattr(getattr(init, "__self__", None), "initial_rotations", "identity")
+        object.__setattr__(self, "initial_rotations", init)
+        for valid, name, value, rule in (
+            (self.size is None or self.size >= 1, "size", self.size, "be None or at least 1"),
+            (0 < self.lr < math.inf, "lr", self.lr, "be positive and finite"),
+            (0 < self.lr_decay <= 1, "lr_decay", self.lr_decay, "lie in (0, 1]"),
+            (self.burn_in >= 0, "burn_in", self.burn_in, "be at least 0"),
+            (init in ("identity", "haar"), "init", init, "be 'identity' or 'haar'"),
+            (
+                self.cooperative_after is None or self.cooperative_after >= 0,
+                "cooperative_after",
+                self.cooperative_after,
+                "be None or at least 0",
+            ),
+        ):
+            if not valid:
+                raise ValueError(f"Parameter `{name}` must {rule}. Found `{name} = {value!r}`.")
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """Norms; moments where it rotates; losses where it divides by their initial values."""
+        return frozenset({"norms"} | ({"moments"} if self.rotate else set()) | ({"losses"} if self._ratios else set()))
+
+    @property
+    def positive_losses(self) -> bool:  # type: ignore[override]
+        """Whether it divides by initial losses."""
+        return self._ratios
+
+    @property
+    def _ratios(self) -> bool:
+        return self.normalize_losses
+
+    def init(  # type: ignore[no-redef]
+        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Weights of 1, or the initial weights, until the first update."""
+        w = initial_vector(tasks, initial_weights)
+        unknown = torch.zeros_like(w)
+        state = {"weights": w, "updates": torch.tensor(0), "initial_norms": unknown}
+        if self._ratios:
+            state["initial_losses"] = unknown
+        if self.normalize_losses:
+            state["loss_weights"] = torch.ones_like(w)
+        return w, state
+
+    def widen(self, state: State, width: int) -> State:
+        """Rotations ``[K, m, m]`` for a shared representation of ``width`` features, once that is known."""
+        m = width if self.size is None else self.size
+        if m > width:
+            raise ValueError(
+                f"Parameter `size` must not be larger than the shared representation, which has {width} features along "
+                f"`dim = {self.dim}`. Found `size = {m}`."
+            )
+        if "rotations" in state:
+            if state["rotations"].shape[-1] != m:
+                raise ValueError(
+                    f"The rotations are for {state['rotations'].shape[-1]} features, and the shared representation now "
+                    f"has {width} along `dim = {self.dim}`. Its width must not change."
+                )
+            return state
+        K = len(state["weights"])
+        if self.initial_rotations == "identity":
+            return state | {"rotations": torch.eye(m, dtype=torch.float64).repeat(K, 1, 1)}
+        return state | {"rotations": haar(K, m, self.seed)}
+
+    def _remember(self, state: State, statistics: Statistics) -> State:
+        """Initial norms and losses: of a task's first update, and again of update number ``burn_in``."""
+        again = int(state["updates"]) == self.burn_in
+        state = state | {"updates": state["updates"] + 1}
+        observed = {"initial_norms": statistics.norms, "initial_losses": statistics.losses}
+        for name in observed.keys() & state.keys():
+            x = observed[name]
+            assert x is not None
+            take = statistics.present & (x > 0) & ((state[name] == 0) | again)
+            state[name] = torch.where(take, x, state[name])
+        if self.normalize_losses:
+            known = state["initial_losses"] > 0
+            state["loss_weights"] = torch.where(known, 1 / state["initial_losses"], 1.0)
+        return state
+
+    def _turn(self, state: State, statistics: Statistics, updates: int) -> State:
+        """One step of the rotations along their gradients of unit norm."""
+        if not self.rotate or "rotations" not in state or statistics.moments is None:
+            return state
+        assert statistics.norms is not None
+        R, moments = state["rotations"], statistics.moments
+        on = statistics.present & (statistics.norms > 0)
+        K, pairs = len(on), statistics.moments[: len(on) * (len(on) - 1) // 2]
+        u = torch.where(on, 1 / statistics.norms, 0.0)
+        C = torch.zeros(K, len(pairs), dtype=torch.float64)  # B_k = Σ_j D_kj / (K n_k n_j), D_jk = −D_kj
+        for p, (k, j) in enumerate(torch.triu_indices(K, K, 1).T.tolist()):
+            C[k, p] = u[k] * u[j] / on.sum()
+            C[j, p] = -C[k, p]
+        b = C.to(moments) @ pairs
+        if self.cooperative_after is not None and updates >= self.cooperative_after:
+            t = -moments[len(pairs) :]
+            length = b.norm(dim=1, keepdim=True)
+            b = (b + t * (length / t.norm(dim=1, keepdim=True).clamp(min=1e-300))) / 2
+        lr = self.lr * self.lr_decay**updates
+        turned = retract(R, skew((lr * b).to(R.dtype), R.shape[-1]), cayley=self.lr > 0.1)
+        return state | {"rotations": torch.where(on.to(R.device)[:, None, None], turned, R)}
+
+
+@dataclass(frozen=True)
+class RotoGrad(_Rotating):
+    r"""Makes the task gradients at the shared representation alike: in magnitude by weights, in direction by rotations.
+
+    From Javaloy and Valera, *RotoGrad: Gradient Homogenization in Multitask Learning* (ICLR 2022, arXiv 2103.02631).
+    Head k sees ``r_k = R_k z``, ``R_k ∈ SO(d)``. With the gradients ``G_k = ∇_z L_k`` over the global batch and their
+    norms ``n_k``:
+
+    - magnitudes: the trunk receives ``C Σ_k G_k / n_k`` with ``C = Σ_k α_k n_k``, ``α_k ∝ n_k / n_k(0)``, ``Σα = 1``, that is
+      weights ``ω_k = C / n_k`` on the shared path; heads keep their raw gradients (Algorithm 1);
+    - directions: ``∇_{R_k} = −Σ_n g̃_{n,k} v_nᵀ``, with ``v_n`` the mean over tasks of the rows of ``G_j / n_j``.
+
+    Only the skew moments ``G_kᵀ G_j − G_jᵀ G_k``, k < j, are needed: K(K−1)/2 · m(m−1)/2 numbers in the all-reduce for
+    rotations of m features. The rotations themselves are K·m² numbers, the same on every process.
+
+    Args:
+        rotate: False: magnitudes only.
+        scale: False: directions only; the trunk receives the plain sum.
+        size: Rotates the first ``size`` features only; None: all.
+        dim: The dimension of z that holds the features: −1, or 1 for feature maps ``[batch, channels, …]``. All other
+            positions are samples.
+        lr: Step of the rotations, in radians where gradients are coherent.
+        lr_decay: Factor on ``lr`` after every update; the rotations must come to rest before the network (§4.2).
+        burn_in: Initial norms (and losses) are taken at a task's first update and again at this one.
+        init: ``"identity"``: the model's function is unchanged at the start. ``"haar"``: uniform on SO(d).
+        seed: Of ``"haar"``; the same on all processes.
+        normalize_losses: Divides every loss by its initial value, for the heads too, as the authors' option does.
+        cooperative_after: After so many updates the rotations descend the tasks' own losses too, half and half, both
+            steps at the length of the first (the first version's cooperative mode). None: never.
+
+    Raises:
+        ValueError: A hyperparameter is out of range, or, at the first forward, ``size`` is larger than the features.
+
+    Example:
+        >>> method = RotoGrad(rotate=False)
+        >>> w, state = method.init(["a", "b"])
+        >>> norms = torch.tensor([1.0, 3.0]).double()
+        >>> method.update(state, Statistics(torch.ones(2).double(), torch.ones(2).bool(), norms))[0]
+        tensor([2.0000, 0.6667], dtype=torch.float64)
+    """
+
+    rotate: bool = True  # type: ignore[misc]
+    scale: bool = True
+
+    def weigh(self, state: State, statistics: Statistics) -> Tensor:
+        """ω of Algorithm 1 for these norms."""
+        w = state["weights"]
+        if not self.scale:
+            return w
+        assert statistics.norms is not None
+        n = statistics.norms * state.get("loss_weights", torch.ones_like(w))
+        n_0 = state["initial_norms"] * state.get("loss_weights", torch.ones_like(w))
+        on = statistics.present & (n > 0)
+        if not on.any():
+            return w
+        alpha = torch.where(on, n / torch.where(n_0 > 0, n_0, n), 0.0)
+        C = (alpha / alpha.sum() * n).sum()
+        return torch.where(on, C / n, w)
+
+    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+        """New weights from this window's norms, and one step of the rotations."""
+        updates = int(state["updates"])
+        state = self._turn(self._remember(state, statistics), statistics, updates)
+        state["weights"] = self.weigh(state, statistics)
+        return state["weights"], state
+
+
+@dataclass(frozen=True)
+class RotoGradNorm(_Rotating):
+    """RotoGrad's rotations with GradNorm's weights, both at the shared representation; heads keep their raw gradients.
+
+    From the authors' package (``RotoGradNorm``). The weights ``w = K softmax(v)`` descend
+    ``Σ_k | w_k n_k − ‖(1/K) Σ_j w_j G_j‖ r_k^α |`` with the target held constant, ``r_k`` the relative inverse training
+    rate of GradNorm (Chen et al. 2018, arXiv 1711.02257): the length of the mean gradient stands where GradNorm has
+    the mean of the lengths.
+
+    Args:
+        alpha: Strength of the pull towards equal training rates, finite and at least 0.
+        weights_lr: Adam's learning rate for v.
+        size: As in :class:`RotoGrad`, and so are all further arguments.
+        dim: See :class:`RotoGrad`.
+        lr: See :class:`RotoGrad`.
+        lr_decay: See :class:`RotoGrad`.
+        burn_in: See :class:`RotoGrad`.
+        init: See :class:`RotoGrad`.
+        seed: See :class:`RotoGrad`.
+        normalize_losses: See :class:`RotoGrad`.
+        cooperative_after: See :class:`RotoGrad`.
+    """
+
+    alpha: float
+    weights_lr: float = 0.025
+
+    keeps_sum: ClassVar[bool] = True
+
+    def __post_init__(self, init: Any) -> None:
+        super().__post_init__(init)
+        if not 0 <= self.alpha < math.inf:
+            raise ValueError(f"Parameter `alpha` must be finite and at least 0. Found `alpha = {self.alpha!r}`.")
+        if not 0 < self.weights_lr < math.inf:
+            raise ValueError(
+                f"Parameter `weights_lr` must be positive and finite. Found `weights_lr = {self.weights_lr!r}`."
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """Also the Gram matrix, for the length of the mean gradient."""
+        return super().needs | {"gram"}
+
+    @property
+    def _ratios(self) -> bool:
+        return True
+
+    def init(  # type: ignore[override]
+        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Weights of 1, or the initial weights."""
+        w, state = super().init(tasks, initial_weights)
+        return w, state | adam_state(len(tasks))
+
+    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+        """One step of the weights, one of the rotations."""
+        updates = int(state["updates"])
+        state = self._turn(self._remember(state, statistics), statistics, updates)
+        w, L, M = state["weights"], statistics.losses, statistics.gram
+        assert M is not None
+        on = statistics.present & (state["initial_losses"] > 0)
+        if on.any():
+            scale = state.get("loss_weights", torch.ones_like(w))
+            M = M * torch.outer(scale, scale)
+            n, r = M.diagonal().sqrt(), torch.where(on, L / state["initial_losses"], 0.0)
+            r = r * (on.sum() / r.sum().clamp(min=torch.finfo(r.dtype).tiny))
+            w_on = torch.where(on, w, 0.0)
+            mean_gradient = (w_on @ M @ w_on).clamp(min=0).sqrt() / on.sum()
+            s = torch.sign(w * n - mean_gradient * r**self.alpha)
+            gradient = s * w * n - w / w_on.sum() * (w_on * s * n).sum()
+            v, moments = adam_step(w.log(), gradient, state, on, self.weights_lr)
+            state |= moments | {"weights": share(w, v.exp(), on)}
+        return state["weights"], state
+
+
+@functools.lru_cache(maxsize=8)
+def _triangle(m: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    i, j = torch.triu_indices(m, m, 1, device=device)
+    return i, j
+
+
+def skew(b: Tensor, m: int) -> Tensor:
+    """Skew matrices ``[K, m, m]`` from their strict upper triangles ``[K, m(m−1)/2]``."""
+    upper = b.new_zeros(len(b), m, m)
+    i, j = _triangle(m, b.device)
+    upper[:, i, j] = b
+    return upper - upper.mT
+
+
+def retract(R: Tensor, X: Tensor, cayley: bool = False) -> Tensor:
+    """``R exp(X)`` for skew ``X`` to second order, on SO(m) again.
+
+    The series ``R (I + X + X²/2)`` errs by ``|X|⁴/4`` in ``RᵀR``, which one Newton–Schulz step squares and which keeps
+    float32 from drifting.
+
+    Args:
+        R: Rotations, ``[K, m, m]``.
+        X: Skew, ``[K, m, m]``; of norm at most 0.2 unless ``cayley``.
+        cayley: Uses ``R (I − X/2)⁻¹ (I + X/2)``, orthogonal for steps of any length, at the price of a solve.
+    """
+    if cayley:
+        I = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)  # noqa: E741  the identity
+        R = R @ torch.linalg.solve(I - X / 2, I + X / 2)
+    else:
+        Y = torch.bmm(R, X)
+        R = torch.baddbmm(R + Y, Y, X, alpha=0.5)
+    return torch.baddbmm(R, R, torch.bmm(R.mT, R), beta=1.5, alpha=-0.5)
+
+
+def haar(K: int, m: int, seed: int) -> Tensor:
+    """K rotations, uniform on SO(m) (Mezzadri, math-ph/0609050), float64 ``[K, m, m]``."""
+    generator = torch.Generator().manual_seed(seed)
+    Q, T = torch.linalg.qr(torch.randn(K, m, m, dtype=torch.float64, generator=generator))
+    Q = Q * T.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
+    Q[:, :, 0] *= torch.linalg.det(Q).sign()[:, None]
+    return Q

@@ -1,0 +1,607 @@
+"""What a user can get wrong: the message names the argument, the rule, what was found and what to do.
+
+After every error nothing has moved and the next window works.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, Weighter
+from tests.scenarios import Net, batch, task_losses
+from tests.unit.small import TASKS, fake_accelerator, losses_of, net
+
+GRADNORM = GradNorm(alpha=1.0)
+
+
+def weighter_and_model(method=GRADNORM, **options):
+    model = net()
+    return Weighter(method, TASKS, heads=dict(model.heads), **options), model
+
+
+def assert_the_next_window_works(weighter, model, step=0):
+    """Nothing moved: state and statistics are those of a weighter that never saw the mistake."""
+    assert weighter.state_dict()["step"] == step
+    model.zero_grad()
+    weighter.backward(losses_of(model))
+    fresh, twin = weighter_and_model(weighter.method)
+    fresh.backward(losses_of(twin))
+    assert weighter.weights == fresh.weights
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-14, atol=0)
+    if fresh.statistics.gram is not None:
+        assert torch.equal(weighter.statistics.gram, fresh.statistics.gram)
+
+
+def raises(error, text):
+    """The text as a user reads it, not as a pattern."""
+
+    def holds(exception):
+        assert text in str(exception), f"{text!r} is not in:\n{exception}"
+        return True
+
+    return pytest.raises(error, check=holds)
+
+
+# ---- construction ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tasks", "error", "text"),
+    [
+        ("depth", TypeError, "Parameter `tasks` must be a sequence of task names. Found `tasks = 'depth'`."),
+        (3, TypeError, "Parameter `tasks` must be a sequence of task names. Found `tasks = 3`."),
+        ([], ValueError, "Parameter `tasks` must be one or more non-empty strings. Found `tasks = []`."),
+        (["a", ""], ValueError, "Parameter `tasks` must be one or more non-empty strings. Found `tasks = ['a', '']`."),
+        (["a", 1], ValueError, "Parameter `tasks` must be one or more non-empty strings. Found `tasks = ['a', 1]`."),
+        (["a", "b", "a"], ValueError, "`tasks` must not repeat a name. Found `tasks = ['a', 'b', 'a']`."),
+    ],
+    ids=["a string", "a number", "none", "an empty name", "not a name", "row 35 twice"],
+)
+def test_task_names(tasks, error, text):
+    with raises(error, text):
+        Weighter(EqualWeighting(), tasks)
+
+
+@pytest.mark.parametrize("tasks", [1, 20])
+def test_row_35_one_task_and_twenty(tasks):
+    names = [f"t{k}" for k in range(tasks)]
+    torch.manual_seed(0)
+    model = Net(names).double()
+    weighter = Weighter(GRADNORM, names, heads=dict(model.heads))
+    for step in range(3):
+        x, y = batch(step, tasks, torch.float64)
+        weighter.backward(task_losses(model(x), y))
+    assert sum(weighter.weights.values()) == pytest.approx(tasks)
+    if tasks == 1:
+        assert weighter.weights == {"t0": 1.0}
+    else:
+        assert len(set(weighter.weights.values())) > 1
+
+
+@pytest.mark.parametrize("argument", ["initial_weights", "max_losses"])
+@pytest.mark.parametrize(
+    ("values", "error", "text"),
+    [
+        ([1.0, 2.0], TypeError, "must be a dictionary {task: number}. Found [1.0, 2.0]."),
+        ({"depth": 0.0}, ValueError, "must hold positive finite numbers. Found {'depth': 0.0}."),
+        ({"depth": -1, "seg": 1}, ValueError, "must hold positive finite numbers. Found {'depth': -1}."),
+        ({"depth": float("inf")}, ValueError, "must hold positive finite numbers. Found {'depth': inf}."),
+        ({"depth": float("nan")}, ValueError, "must hold positive finite numbers. Found {'depth': nan}."),
+        ({"depth": "1"}, ValueError, "must hold positive finite numbers. Found {'depth': '1'}."),
+        ({"depth": True}, ValueError, "must hold positive finite numbers. Found {'depth': True}."),
+        ({"dpeth": 1.0}, ValueError, "Unknown task 'dpeth'."),
+    ],
+    ids=["a list", "zero", "negative", "infinite", "nan", "a string", "a bool", "unknown"],
+)
+def test_numbers_by_task(argument, values, error, text):
+    with raises(error, text) as caught:
+        Weighter(EqualWeighting(), TASKS, **{argument: values})
+    assert f"`{argument}`" in str(caught.value) or "Did you mean 'depth'?" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "low"),
+    [
+        ("update_every", 0, 1),
+        ("update_every", 1.5, 1),
+        ("update_every", True, 1),
+        ("update_after", -1, 0),
+        ("max_skipped_steps", -1, 0),
+        ("max_skipped_steps", None, 0),
+    ],
+)
+def test_integers(argument, value, low):
+    with raises(
+        ValueError, f"Parameter `{argument}` must be an integer of at least {low}. Found `{argument} = {value!r}`."
+    ):
+        Weighter(EqualWeighting(), TASKS, **{argument: value})
+
+
+def test_lag_is_zero_or_one():
+    with raises(ValueError, "Parameter `lag` must be 0 or 1. Found `lag = 2`."):
+        Weighter(EqualWeighting(), TASKS, lag=2)
+
+
+def test_lag_zero_is_refused_where_the_heads_backward_is_over_by_then():
+    model = net()
+    with raises(ValueError, "`lag = 0` is not possible. Use `lag = 1`"):
+        Weighter(GRADNORM, TASKS, heads=dict(model.heads), lag=0)
+    assert not any(head._forward_pre_hooks for head in model.heads.values())
+
+
+def _heads(**changes):
+    def arguments(model):
+        given = {task: head for task, head in ({**model.heads, **changes}).items() if head is not None}
+        return {"heads": given}
+
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        (lambda model: {"heads": list(model.heads.values())}, TypeError, "`heads` must be a dictionary {task:"),
+        (_heads(seg=None), ValueError, "`heads` must name a head for every task. Missing: ['seg']."),
+        (_heads(seq=nn.Linear(1, 1)), ValueError, "Unknown task 'seq'. This weighter was built with `tasks = ['depth"),
+        (_heads(seg=3), TypeError, "`heads` must hold modules or dotted names. Found {'seg': 'int'}."),
+        (_heads(seg="heads.seg"), ValueError, "Dotted names in `heads` are looked up in `model`, which was not given"),
+        (
+            lambda model: {"heads": {"depth": "heads.depht", "seg": "head.seg"}, "model": model},
+            ValueError,
+            "`model` has no submodule called 'heads.depht', 'head.seg'. See `model.named_modules()`.",
+        ),
+        (
+            lambda model: {"heads": {"depth": "heads.depth", "seg": "embed.weight"}, "model": model},
+            ValueError,
+            "`model` has no submodule called 'embed.weight'.",
+        ),
+        (
+            lambda model: {"heads": dict.fromkeys(TASKS, model.heads["seg"])},
+            ValueError,
+            "Tasks ['depth', 'seg'] were given one and the same head",
+        ),
+        (
+            lambda model: {"shared_layer": model.blocks[0]},
+            TypeError,
+            "must be an nn.Linear whose output is the branch",
+        ),
+        (lambda model: {"shared_layer": "shared"}, ValueError, "`shared_layer = 'shared'` is looked up in `model`"),
+        (
+            lambda model: {"shared_layer": "shard", "model": model},
+            ValueError,
+            "`model` has no submodule called 'shard'",
+        ),
+    ],
+    ids=[
+        "a list",
+        "missing",
+        "unknown",
+        "not a module",
+        "a name without a model",
+        "wrong names",
+        "a parameter's name",
+        "one head of two tasks",
+        "a layer that is no Linear",
+        "a layer's name without a model",
+        "a layer's wrong name",
+    ],
+)
+def test_heads_and_shared_layer(arguments, error, text):
+    model = net()
+    with raises(error, text):
+        Weighter(GRADNORM, TASKS, **arguments(model))
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_an_unknown_name_that_is_like_a_task_is_met_with_a_suggestion():
+    with raises(ValueError, "Did you mean 'seg'?"):
+        Weighter(GRADNORM, TASKS, heads={"depth": nn.Linear(1, 1), "sge": nn.Linear(1, 1)})
+    with pytest.raises(ValueError, match="Unknown tasks \\['x', 'y'\\]") as caught:
+        Weighter(EqualWeighting(), TASKS, initial_weights={"x": 1.0, "y": 1.0})
+    assert "Did you mean" not in str(caught.value)
+
+
+def test_something_between_the_shared_layer_and_the_branch():
+    model = net()
+    weighter = Weighter(GRADNORM, TASKS, heads=dict(model.heads), shared_layer="embed", model=model)
+    with raises(ValueError, "The output of `shared_layer` is not the tensor that is branched"):
+        losses_of(model)
+    weighter.detach()
+    losses_of(model)
+
+
+def test_branch_and_heads_at_once():
+    weighter, model = weighter_and_model()
+    model.branch = weighter.branch
+    with raises(RuntimeError, "built with `heads`, which divide the shared representation by themselves"):
+        losses_of(model)
+    model.branch = None
+    assert_the_next_window_works(weighter, model)
+
+
+def test_a_head_that_is_fed_no_floating_point_tensor():
+    class Lookup(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(3, 1)
+
+        def forward(self, index):
+            return self.table(index)
+
+    head = Lookup()
+    Weighter(GRADNORM, ["a"], heads={"a": head})
+    with raises(TypeError, "The head of task `a` was called without a floating-point tensor"):
+        head(torch.tensor([0, 1]))
+
+
+def test_row_32_an_unsupported_engine():
+    accelerator = fake_accelerator(distributed_type=SimpleNamespace(value="MEGATRON_LM"))
+    with raises(NotImplementedError, "Found MEGATRON_LM") as caught:
+        Weighter(EqualWeighting(), TASKS, accelerator=accelerator)
+    assert "MULTI_GPU" in str(caught.value) and "FSDP" in str(caught.value) and "DEEPSPEED" in str(caught.value)
+
+
+def test_row_14_uneven_inputs():
+    accelerator = fake_accelerator(num_processes=2, even_batches=False)
+    with raises(ValueError, "Use `even_batches=True` or drop the last batch."):
+        Weighter(EqualWeighting(), TASKS, accelerator=accelerator)
+
+
+def test_several_processes_without_an_accelerator(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with raises(ValueError, "neither `accelerator` nor `process_group` was given"):
+        Weighter(EqualWeighting(), TASKS)
+
+
+def test_a_process_group_of_one_needs_no_accelerator():
+    import torch.distributed as dist  # noqa: TID251  stands in for a launcher
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        weighter, model = weighter_and_model()
+        assert_the_next_window_works(weighter, model)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_processes_that_do_not_see_each_other_are_warned_of(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match="2 processes were launched .* this accelerator sees one"):
+        Weighter(EqualWeighting(), TASKS, accelerator=fake_accelerator())
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------
+
+Pair = namedtuple("Pair", TASKS)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        dict,
+        lambda losses: dict(reversed(losses.items())),
+        lambda losses: list(losses.values()),
+        lambda losses: tuple(losses.values()),
+        lambda losses: Pair(**losses),
+        lambda losses: torch.stack(list(losses.values())),
+    ],
+    ids=["dict", "dict in another order", "list", "tuple", "namedtuple", "1-D tensor"],
+)
+def test_losses_come_in_any_of_these(wrap):
+    weighter, model = weighter_and_model(initial_weights={"depth": 0.25, "seg": 2.0})
+    losses = losses_of(model)
+    total = weighter.backward(wrap(losses))
+    assert total.item() == pytest.approx(0.25 * losses["depth"].item() + 2 * losses["seg"].item(), rel=1e-14)
+    assert not total.requires_grad and total.dtype == torch.float64
+    assert torch.equal(weighter.statistics.losses, torch.stack(list(losses.values())).detach())
+
+
+def _loss(**changes):
+    return lambda losses: {**losses, **{task: change(losses[task]) for task, change in changes.items()}}
+
+
+BAD_LOSSES = {
+    "row 7 unknown": (
+        lambda losses: {"dpeth": losses["depth"], "seg": losses["seg"]},
+        ValueError,
+        "Unknown task 'dpeth'. This weighter was built with `tasks = ['depth', 'seg']`. Did you mean 'depth'?",
+    ),
+    "row 7 a number": (lambda losses: {0: losses["depth"]}, ValueError, "Unknown task 0. This weighter was built"),
+    "row 8 a vector": (
+        _loss(seg=lambda loss: loss.expand(32)),
+        ValueError,
+        "Loss `seg` must be a floating-point tensor of shape []. Found dtype float64, shape [32]: reduce it first, "
+        "e.g. `loss.mean()`.",
+    ),
+    "row 8 an integer": (
+        _loss(seg=lambda loss: loss.detach().long()),
+        ValueError,
+        "Loss `seg` must be a floating-point tensor of shape []. Found dtype int64, shape [].",
+    ),
+    "row 8 a float": (
+        _loss(seg=lambda loss: loss.item()),
+        TypeError,
+        "Loss `seg` must be a floating-point tensor of shape []. Found float.",
+    ),
+    "row 8 None": (_loss(seg=lambda loss: None), TypeError, "Loss `seg` must be a floating-point tensor of shape []."),
+    "row 8 all offenders": (
+        _loss(depth=lambda loss: loss.item(), seg=lambda loss: loss[None]),
+        TypeError,
+        "Found float.\nLoss `seg` must be a floating-point tensor of shape []. Found dtype float64, shape [1]",
+    ),
+    "row 9 detached": (
+        _loss(seg=torch.Tensor.detach),
+        ValueError,
+        "Loss `seg` does not require grad: it was detached before it came here.",
+    ),
+    "row 9 all offenders": (
+        _loss(seg=torch.Tensor.detach, depth=torch.Tensor.detach),
+        ValueError,
+        "Loss `depth` does not require grad: it was detached before it came here.\nLoss `seg` does not",
+    ),
+    "their sum": (
+        lambda losses: sum(losses.values()),
+        ValueError,
+        "Losses given as one tensor must have shape [2], one entry per task. Found shape [].",
+    ),
+    "a matrix": (
+        lambda losses: torch.stack(list(losses.values()))[None],
+        ValueError,
+        "must have shape [2], one entry per task. Found shape [1, 2].",
+    ),
+    "a generator": (
+        lambda losses: (loss for loss in losses.values()),
+        TypeError,
+        "`losses` must be a dictionary {task: loss}, a list, a tuple, a namedtuple or a 1-D tensor. Found generator.",
+    ),
+    "too few": (
+        lambda losses: [losses["seg"]],
+        ValueError,
+        "one per task, in the order of `tasks = ['depth', 'seg']`",
+    ),
+    "too many": (lambda losses: [*losses.values(), losses["seg"]], ValueError, "Found 3 of them."),
+    "none": (lambda losses: {}, ValueError, "Parameter `losses` is empty: give the loss of at least one task."),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LOSSES)
+def test_bad_losses(case):
+    change, error, text = BAD_LOSSES[case]
+    weighter, model = weighter_and_model()
+    with raises(error, text):
+        weighter.backward(change(losses_of(model)))
+    assert all(p.grad is None for p in model.parameters())
+    assert_the_next_window_works(weighter, model)
+
+
+# ---- num_items -------------------------------------------------------------------------------------------------
+
+POSITIVE = "Positive counts in `num_items` must come for every task of the block or for none. Missing: ['seg']."
+WRONG = "Parameter `num_items` must be a number of items, an integer of at least 0, or {task: such a number}. Found "
+
+
+@pytest.mark.parametrize(
+    ("num_items", "text"),
+    [
+        (-1, WRONG + "{'depth': -1, 'seg': -1}."),
+        (2.5, WRONG + "{'depth': 2.5, 'seg': 2.5}."),
+        ({"depth": 3, "seg": float("nan")}, WRONG + "{'seg': nan}."),
+        ({"depth": 3, "seg": float("inf")}, WRONG + "{'seg': inf}."),
+        ({"depth": 3, "seg": None}, WRONG + "{'seg': None}."),
+        (True, WRONG + "{'depth': True, 'seg': True}."),
+        ("3", WRONG + "{'depth': '3', 'seg': '3'}."),
+        (torch.tensor([3, 4]), WRONG),
+        ({"depth": 3}, POSITIVE + " A count of 0 alone is allowed: it says that the task is not in this block."),
+        ({"depth": 3, "sge": 4}, "Unknown task 'sge'. This weighter was built with `tasks = ['depth', 'seg']`."),
+    ],
+    ids=str,
+)
+def test_bad_counts(num_items, text):
+    weighter, model = weighter_and_model()
+    with raises(ValueError, text):
+        weighter.backward(losses_of(model), num_items=num_items)
+    assert_the_next_window_works(weighter, model)
+
+
+@pytest.mark.parametrize("num_items", [36, 36.0, torch.tensor(36), {"depth": 36, "seg": 36}], ids=str)
+def test_good_counts(num_items):
+    weighter, model = weighter_and_model()
+    weighter.backward(losses_of(model), num_items=num_items)
+    fresh, twin = weighter_and_model()
+    fresh.backward(losses_of(twin))
+    torch.testing.assert_close(weighter.statistics.gram, fresh.statistics.gram, rtol=1e-14, atol=0)
+
+
+def test_a_count_of_zero_alone_says_that_the_task_is_not_there():
+    weighter, model = weighter_and_model()
+    weighter.backward(losses_of(model), num_items={"seg": 0})
+    assert weighter.statistics.present.tolist() == [True, False]
+    assert weighter.statistics.norms[1] == 0 < weighter.statistics.norms[0]
+    assert weighter.weights["seg"] == 1
+    assert all(p.grad.eq(0).all() for p in model.heads["seg"].parameters())
+
+
+def test_all_counts_zero_is_a_window_without_tasks():
+    weighter, model = weighter_and_model()
+    weighter.backward(losses_of(model), num_items=0)
+    assert weighter.statistics.present.tolist() == [False, False]
+    assert weighter.weights == {"depth": 1, "seg": 1}
+    assert all(p.grad is None or p.grad.eq(0).all() for p in model.parameters())
+    assert_the_next_window_works(weighter, model, step=1)
+
+
+# ---- calls in the wrong place ------------------------------------------------------------------------------------
+
+
+def test_step_on_an_empty_window():
+    weighter, model = weighter_and_model()
+    with raises(RuntimeError, "`weighter.step()` was called on an empty window: no losses came through"):
+        weighter.step()
+    assert_the_next_window_works(weighter, model)
+    with raises(RuntimeError, "`weighter.backward` closes the window by itself."):
+        weighter.step()
+
+
+def test_combine_twice_without_step():
+    weighter, model = weighter_and_model()
+    weighter.combine(losses_of(model)).backward()
+    with raises(RuntimeError, "The last window was due and was not closed: call `weighter.step()`"):
+        weighter.combine(losses_of(model))
+    weighter.step()
+    assert weighter.statistics.micro_batches == 1
+    weighter.combine(losses_of(model))
+    weighter.reset()
+    weighter.combine(losses_of(model)).backward()
+    weighter.step()
+    assert weighter.statistics.micro_batches == 1 and weighter.statistics.step == 1
+
+
+def test_backward_with_gradients_disabled():
+    weighter, model = weighter_and_model()
+    with torch.no_grad(), raises(RuntimeError, "For evaluation use `weighter.combine(losses)`"):
+        weighter.backward(losses_of(model))
+    assert_the_next_window_works(weighter, model)
+
+
+@pytest.mark.parametrize("disabled", [torch.no_grad, torch.inference_mode])
+def test_row_9_combine_with_gradients_disabled_gives_the_total_and_records_nothing(disabled):
+    weighter, model = weighter_and_model(initial_weights={"depth": 0.25, "seg": 2.0})
+    before = weighter.state_dict()["record"]["steps"]
+    with disabled():
+        losses = losses_of(model)
+        total = weighter.combine(losses)
+        weighter.combine(losses)
+    assert total.item() == pytest.approx(0.25 * losses["depth"].item() + 2 * losses["seg"].item(), rel=1e-14)
+    assert weighter.statistics is None and weighter.state_dict()["record"]["steps"] == before
+    with raises(RuntimeError, "empty window"):
+        weighter.step()
+
+
+def test_row_30_backward_twice_for_one_forward():
+    weighter, model = weighter_and_model()
+    losses = losses_of(model)
+    weighter.backward(losses)
+    weights = weighter.weights
+    with raises(RuntimeError, "The graph was already freed. Call `weighter.backward(losses)` once per") as caught:
+        weighter.backward(losses)
+    assert "second time" in str(caught.value.__cause__)
+    assert weighter.weights == weights
+    weighter.backward(losses_of(model))
+    assert weighter.statistics.step == 1
+
+
+# ---- verdicts ----------------------------------------------------------------------------------------------------
+
+
+def bypass(model, weighter):
+    """The loss of `seg` comes from something that was not the head."""
+    x, y = batch(0, 2, torch.float64)
+    outputs = model(x)
+    return task_losses(outputs, y) | {"seg": model.embed(x).square().mean()}
+
+
+def test_row_10_a_loss_that_does_not_reach_the_branch():
+    weighter, model = weighter_and_model()
+    with raises(RuntimeError, "Loss `seg` does not depend on the branch: no gradient of it arrived there.") as caught:
+        weighter.backward(bypass(model, weighter))
+    assert "Branch inside the model's forward or name its head" in str(caught.value)
+    assert_the_next_window_works(weighter, model)
+
+
+def test_row_10_two_losses_that_do_not_reach_it():
+    weighter, model = weighter_and_model()
+    x, _ = batch(0, 2, torch.float64)
+    with raises(RuntimeError, "Losses `depth`, `seg` do not depend on the branch"):
+        weighter.backward([model.embed(x).sum(), model.embed(x).square().sum()])
+
+
+def test_row_10_no_branch_at_all():
+    model = net()
+    weighter = Weighter(GRADNORM, TASKS)
+    with raises(RuntimeError, "this weighter has no `heads`, and `weighter.branch(z)` was not called"):
+        weighter.backward(losses_of(model))
+
+
+def test_row_10_a_method_of_losses_needs_no_branch():
+    model = net()
+    weighter = Weighter(CoVWeighting(), TASKS)
+    weighter.backward(losses_of(model))
+    assert weighter.statistics.norms is None and weighter.statistics.gram is None
+
+
+@pytest.mark.parametrize("method", [GRADNORM, CoVWeighting()], ids=["GradNorm", "CoVWeighting"])
+def test_row_11_a_negative_loss_where_losses_are_divided(method):
+    weighter, model = weighter_and_model(method)
+    losses = losses_of(model)
+    with raises(ValueError, "divides by losses and needs them positive. Task `seg` averaged -") as caught:
+        weighter.backward(losses | {"seg": losses["seg"] - 100})
+    assert repr(method) in str(caught.value)
+    assert "over optimizer step 0. Shift it or use a method without loss ratios." in str(caught.value)
+    assert_the_next_window_works(weighter, model, step=1)
+
+
+@pytest.mark.parametrize("method", [GradNorm(alpha=0.0), EqualWeighting()], ids=["GradNorm(alpha=0)", "Equal"])
+def test_row_11_a_negative_loss_elsewhere(method):
+    weighter, model = weighter_and_model(method)
+    losses = losses_of(model)
+    weighter.backward(losses | {"seg": losses["seg"] - 100})
+    assert weighter.statistics.losses[1] < 0
+
+
+@pytest.mark.parametrize("method", [GRADNORM, CoVWeighting()], ids=["GradNorm", "CoVWeighting"])
+def test_row_11_a_task_waits_for_its_first_positive_loss(method):
+    weighter, model = weighter_and_model(method)
+    start = weighter.weights["seg"]
+    for step in range(4):
+        losses = losses_of(model, step)
+        weighter.backward(losses | {"seg": losses["seg"] * 0})
+        assert weighter.weights["seg"] == start
+    for step in range(4, 8):
+        weighter.backward(losses_of(model, step))
+    assert weighter.weights["seg"] != start
+
+
+def test_row_34_a_trunk_that_is_frozen():
+    weighter, model = weighter_and_model()
+    model.embed.requires_grad_(False), model.blocks.requires_grad_(False), model.shared.requires_grad_(False)
+    with raises(RuntimeError, "The shared representation does not require grad (all parameters before it are frozen)"):
+        weighter.backward(losses_of(model))
+    model.requires_grad_(True)
+    assert_the_next_window_works(weighter, model)
+
+
+def test_row_34_adapters_in_a_frozen_trunk_are_enough():
+    weighter, model = weighter_and_model()
+    model.embed.requires_grad_(False), model.shared.requires_grad_(False), model.blocks[0].requires_grad_(False)
+    weighter.backward(losses_of(model))
+    fresh, twin = weighter_and_model()
+    fresh.backward(losses_of(twin))
+    torch.testing.assert_close(weighter.statistics.gram, fresh.statistics.gram, rtol=1e-14, atol=0)
+
+
+def test_row_34_a_trunk_in_eval_mode_still_counts():
+    weighter, model = weighter_and_model()
+    model.eval()
+    assert_the_next_window_works(weighter, model)
+
+
+def test_counts_for_some_blocks_only():
+    """In one window: the verdict comes from the reduced numbers."""
+    accelerator = fake_accelerator(sync=False)
+    weighter, model = weighter_and_model(accelerator=accelerator)
+    weighter.backward(losses_of(model), num_items=36)
+    accelerator.sync_gradients = True
+    with raises(ValueError, "Counts must come for all blocks of a window or for none. At optimizer step 0, 1 of 2"):
+        weighter.backward(losses_of(model))
+    assert_the_next_window_works(weighter, model, step=1)
+    accelerator.sync_gradients = False
+    weighter.backward(losses_of(model), num_items=36)
+    accelerator.sync_gradients = True
+    weighter.backward(losses_of(model), num_items=0)  # nothing in it: neither counted nor not
+    torch.testing.assert_close(weighter.statistics.losses, torch.stack(list(losses_of(model).values())))

@@ -1,0 +1,793 @@
+"""The weighter in one process: what it measures, when it moves, what it leaves behind."""
+
+from __future__ import annotations
+
+import gc
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.utils.checkpoint import checkpoint
+
+from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, Statistics, Weighter
+from accel_weighting.methods.mgda import MGDA
+from accel_weighting.record import CAPACITY, Record
+from tests.scenarios import Net, batch, task_losses
+from tests.unit.small import TASKS, fake_accelerator, gradients_by_hand, losses_of, net, representation
+
+GRADNORM = GradNorm(alpha=1.0)
+EXACT = {"rtol": 1e-13, "atol": 1e-16}
+
+
+def weighter_and_model(method=GRADNORM, **options):
+    model = net()
+    return Weighter(method, TASKS, heads=dict(model.heads), **options), model
+
+
+def assert_statistics_by_hand(weighter, model, step=0):
+    """Against K backwards of their own; the model must still be as it was in the window."""
+    G = gradients_by_hand(model, step)
+    torch.testing.assert_close(weighter.statistics.gram, G @ G.T, **EXACT)
+    torch.testing.assert_close(weighter.statistics.norms, G.norm(dim=1), **EXACT)
+    torch.testing.assert_close(
+        weighter.statistics.losses, torch.stack(list(losses_of(model, step).values())).detach(), **EXACT
+    )
+
+
+def assert_gradients_by_hand(model, weights, step=0):
+    twin = net()
+    twin.load_state_dict(model.state_dict())
+    sum(weights[task] * loss for task, loss in losses_of(twin, step).items()).backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, **EXACT)
+
+
+# ---- when weights move -------------------------------------------------------------------------------------------
+
+
+def test_frozen_weights_hold_and_the_backward_is_the_plain_weighted_one():
+    weighter, model = weighter_and_model(initial_weights={"seg": 0.3})
+    weighter.backward(losses_of(model))
+    moved, seen = weighter.weights, weighter.statistics
+    weighter.freeze()
+    assert weighter.frozen and "frozen" in repr(weighter)
+    for step in range(1, 3):
+        model.zero_grad()
+        weighter.backward(losses_of(model, step))
+        assert_gradients_by_hand(model, moved, step)
+    assert weighter.weights == moved and weighter.statistics is seen
+    weighter.unfreeze()
+    assert not weighter.frozen
+    weighter.backward(losses_of(model))
+    assert weighter.weights != moved and weighter.statistics.step == 3
+
+
+def test_with_freeze_unfreezes_at_its_end():
+    weighter, model = weighter_and_model()
+    with pytest.raises(KeyError), weighter.freeze() as inner:
+        assert inner is weighter and weighter.frozen
+        weighter.backward(losses_of(model))
+        raise KeyError
+    assert not weighter.frozen and weighter.weights == {"depth": 1, "seg": 1}
+    weighter.backward(losses_of(model))
+    assert weighter.weights != {"depth": 1, "seg": 1}
+
+
+def test_a_micro_batch_can_be_frozen_alone():
+    accelerator = fake_accelerator(sync=False)
+    weighter, model = weighter_and_model(accelerator=accelerator)
+    weighter.backward(losses_of(model, 1), freeze=True)
+    accelerator.sync_gradients = True
+    weighter.backward(losses_of(model, 0))
+    assert weighter.statistics.micro_batches == 1
+    assert_statistics_by_hand(weighter, model)
+    weights = weighter.weights
+    weighter.backward(losses_of(model, 2), freeze=True)
+    assert weighter.weights == weights and weighter.statistics.step == 0
+
+
+def test_freeze_drops_the_open_window():
+    accelerator = fake_accelerator(sync=False)
+    weighter, model = weighter_and_model(accelerator=accelerator)
+    weighter.backward(losses_of(model, 1))
+    with weighter.freeze():
+        pass
+    accelerator.sync_gradients = True
+    weighter.backward(losses_of(model))
+    assert weighter.statistics.micro_batches == 1
+
+
+def test_reset_drops_the_open_window():
+    accelerator = fake_accelerator(sync=False)
+    weighter, model = weighter_and_model(accelerator=accelerator)
+    weighter.backward(losses_of(model, 1))
+    weighter.reset()
+    accelerator.sync_gradients = True
+    weighter.backward(losses_of(model))
+    assert weighter.statistics.micro_batches == 1
+    assert_statistics_by_hand(weighter, model)
+
+
+def test_row_16_a_backward_that_fails_leaves_nothing_of_its_window():
+    weighter, model = weighter_and_model()
+
+    def fail(gradient):
+        raise KeyError("the user's own hook")
+
+    losses = losses_of(model)
+    losses["seg"].register_hook(fail)
+    with pytest.raises(KeyError):
+        weighter.backward(losses)
+    gradients_by_hand(model)
+    torch.autograd.grad(losses_of(model, 1)["depth"], model.embed.weight)  # not a part of any window
+    model.zero_grad()
+    weighter.backward(losses_of(model))
+    assert weighter.statistics.micro_batches == 1
+    assert_statistics_by_hand(weighter, model)
+
+
+def test_update_every_and_update_after():
+    weighter, model = weighter_and_model(update_every=3, update_after=2)
+    seen = []
+    for step in range(9):
+        before = weighter.weights
+        weighter.backward(losses_of(model, step))
+        seen.append((weighter.weights != before, weighter.statistics and weighter.statistics.step))
+    assert [moved for moved, _ in seen] == [step in (2, 5, 8) for step in range(9)]
+    assert [step for _, step in seen] == [None, None, 2, 2, 2, 5, 5, 5, 8]
+
+
+def test_average_weights_are_those_that_were_applied_in_the_unfrozen_steps():
+    weighter, model = weighter_and_model(update_after=1)
+    assert weighter.average_weights == weighter.weights
+    applied = []
+    for step in range(6):
+        if step == 3:
+            weighter.freeze()
+        if step == 4:
+            weighter.unfreeze()
+        if step not in (0, 3):
+            applied.append(weighter.weights["depth"])
+        weighter.backward(losses_of(model, step))
+    assert weighter.average_weights["depth"] == pytest.approx(sum(applied) / 4, rel=1e-14)
+    assert len(set(applied)) == 4 - 1  # the step after the frozen one begins where the one before it ended
+
+
+# ---- what is kept for people -------------------------------------------------------------------------------------
+
+
+def test_log_values_are_named_and_right():
+    weighter, model = weighter_and_model()
+    assert weighter.log_values() == {"weight/depth": 1.0, "weight/seg": 1.0, "weighting/skipped_steps": 0.0}
+    for step in range(3):
+        weighter.backward(losses_of(model, step))
+    values = weighter.log_values()
+    groups = ("weight", "loss", "loss_cov", "grad_norm")
+    assert set(values) == {f"{group}/{task}" for group in groups for task in TASKS} | {
+        "cosine/depth·seg",
+        "weighting/skipped_steps",
+    }
+    G = gradients_by_hand(model, 2)
+    assert all(type(value) is float for value in values.values())
+    assert values["weight/seg"] == weighter.weights["seg"]
+    assert values["grad_norm/seg"] == pytest.approx(G[1].norm().item(), rel=1e-6)
+    assert values["cosine/depth·seg"] == pytest.approx(torch.cosine_similarity(G[0], G[1], dim=0).item(), rel=1e-6)
+    seg = torch.stack([losses_of(model, step)["seg"] for step in range(3)])
+    assert values["loss_cov/seg"] == pytest.approx((seg.std(correction=0) / seg.mean()).item(), rel=1e-6)
+    assert weighter.history[-1][0] == 2 and weighter.history[-1][1].keys() == values.keys()
+
+
+def test_absent_tasks_and_held_steps_are_left_out_of_the_logs():
+    weighter, model = weighter_and_model()
+    weighter.backward({"depth": losses_of(model)["depth"]})
+    values = weighter.log_values()
+    assert "loss/depth" in values and "loss/seg" not in values and "grad_norm/seg" not in values
+    assert "cosine/depth·seg" not in values
+    weighter.backward({task: loss * torch.nan for task, loss in losses_of(model).items()})
+    assert weighter.log_values() == {f"weight/{task}": weighter.weights[task] for task in TASKS} | {
+        "weighting/skipped_steps": 1.0
+    }
+
+
+@pytest.mark.parametrize("steps", [CAPACITY, CAPACITY + 1, 5 * CAPACITY])
+def test_the_history_is_thinned_evenly_and_bounded(steps):
+    record = Record(["a"])
+    most = 0
+    for step in range(steps):
+        record.see(step, torch.tensor([float(step)]), None, 0)
+        most = max(most, len(record._rows))
+    kept = [step for step, _ in record.history]
+    assert most <= CAPACITY + 1 and len(kept) <= CAPACITY
+    if steps > CAPACITY:
+        assert len(kept) > CAPACITY / 2
+    assert kept == list(range(0, steps, record.stride))
+    assert all(values["weight/a"] == step for step, values in record.history)
+    again = Record(["a"])
+    again.load_state_dict(record.state_dict())
+    assert again.history == record.history and again.stride == record.stride
+
+
+# ---- caps --------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_above_its_cap_is_scaled_down_and_measured_as_it_was():
+    w = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
+    weighter = Weighter(EqualWeighting(), ["a", "b"], max_losses={"a": 1.0})
+    z = weighter.branch(w * 1)
+    total = weighter.backward({"a": z["a"].square().sum(), "b": z["b"].sum()})  # 25, and 7
+    torch.testing.assert_close(w.grad, torch.tensor([6.0, 8.0]).double() / 25 + 1, **EXACT)
+    assert total.item() == pytest.approx(1 + 7)
+    assert weighter.statistics.losses.tolist() == [25, 7]
+    torch.testing.assert_close(weighter.statistics.norms, torch.tensor([100.0, 2.0]).double().sqrt(), **EXACT)
+    with torch.no_grad():
+        assert weighter.combine({"a": w.square().sum(), "b": w.sum()}).item() == pytest.approx(8)
+
+
+def test_a_loss_below_its_cap_is_left_alone():
+    w = torch.tensor([0.3, 0.4], dtype=torch.float64, requires_grad=True)
+    weighter = Weighter(EqualWeighting(), ["a"], max_losses={"a": 1.0})
+    weighter.backward([w.square().sum()])
+    torch.testing.assert_close(w.grad, 2 * w.detach(), **EXACT)
+
+
+def test_the_total_keeps_its_precision_under_autocast():
+    weighter = Weighter(EqualWeighting(), ["a", "b"], initial_weights={"a": 1.001, "b": 1.003})
+    w = torch.tensor(1.2345, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = weighter.backward([w * 1, w * 2])
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(w.grad, torch.tensor(1.001 + 2 * 1.003), rtol=1e-6, atol=0)
+
+
+# ---- what is left behind -----------------------------------------------------------------------------------------
+
+
+def hooks(model):
+    """All that hangs on a model's modules, and on all modules there are."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+    kinds += ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
+    local = sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+    return local, len(torch_module._global_forward_pre_hooks), len(torch_module._global_forward_hooks)
+
+
+@pytest.mark.parametrize("forwards", [0, 1])
+@pytest.mark.parametrize("prepared", [True, False], ids=["after prepare", "before prepare"])
+def test_detach_leaves_no_hook(prepared, forwards):
+    model = net()
+    before = hooks(model)
+    accelerator = fake_accelerator(_models=[model] if prepared else [])
+    weighter = Weighter(
+        GRADNORM, TASKS, accelerator=accelerator, heads=dict(model.heads), shared_layer="shared", model=model
+    )
+    assert hooks(model) != before
+    for step in range(forwards):
+        weighter.backward(losses_of(model, step))
+    weighter.detach()
+    assert hooks(model) == before
+    model.zero_grad()
+    sum(losses_of(model).values()).backward()
+    assert_gradients_by_hand(model, {"depth": 1, "seg": 1})
+
+
+def test_a_refused_construction_leaves_no_hook():
+    model = net()
+    before = hooks(model)
+    with pytest.raises(ValueError, match="lag = 0"):
+        Weighter(GRADNORM, TASKS, heads=dict(model.heads), lag=0)
+    with pytest.raises(TypeError, match="shared_layer"):
+        Weighter(GRADNORM, TASKS, heads=dict(model.heads), shared_layer=model.blocks)
+    assert hooks(model) == before
+
+
+def test_three_hundred_steps_leave_no_growing_graph():
+    weighter, model = weighter_and_model(shared_layer="shared", model=net())
+    weighter.detach()
+    weighter, model = weighter_and_model()
+
+    def tensors():
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects()) - len(weighter._record._rows)
+
+    counts = []
+    for step in range(300):
+        model.zero_grad()
+        weighter.backward(losses_of(model, step % 5))
+        if step in (20, 160, 299):
+            counts.append(tensors())
+    assert counts[0] == counts[1] == counts[2]
+
+
+def test_nothing_of_a_step_outlives_it():
+    import weakref
+
+    weighter, model = weighter_and_model()
+    kept = []
+    for head in model.heads.values():
+        head.register_forward_hook(lambda module, args, output: kept.append(weakref.ref(output)))
+    weighter.backward(losses_of(model))
+    gc.collect()
+    assert len(kept) == 2 and all(ref() is None for ref in kept)
+
+
+# ---- how heads are called ----------------------------------------------------------------------------------------
+
+
+class Caller(nn.Module):
+    """Two heads on one trunk, called in the way that a test wants."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.inner = net()
+        self.heads = self.inner.heads
+        self.call = call
+
+    def forward(self, x):
+        return self.call(self.heads, representation(self.inner, x))
+
+
+class Scaled(nn.Module):
+    """A head with more arguments than one."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, lengths, z=None, scale=1.0):
+        return self.head(z) * scale + 0 * lengths
+
+
+def each(heads, z):
+    return {task: head(z) for task, head in heads.items()}
+
+
+@pytest.mark.parametrize("order", [TASKS, TASKS[::-1]], ids=["in order", "in the other order"])
+def test_heads_called_in_any_order(order):
+    model = Caller(lambda heads, z: dict(sorted((t, heads[t](z)) for t in order)))
+    weighter = Weighter(GRADNORM, TASKS, heads=dict(model.heads))
+    weighter.backward(losses_of(model))
+    assert_statistics_by_hand(weighter, model.inner)
+
+
+def test_heads_called_by_keyword_and_with_more_arguments():
+    model = Caller(lambda heads, z: {task: heads[task](lengths, z=z, scale=1.0) for task in TASKS})
+    lengths = torch.tensor(3)  # not a floating-point tensor, so not the representation
+    model.heads = nn.ModuleDict({task: Scaled(head) for task, head in model.inner.heads.items()})
+    weighter = Weighter(GRADNORM, TASKS, heads=dict(model.heads))
+    weighter.backward(losses_of(model))
+    assert_statistics_by_hand(weighter, model.inner)
+
+
+def test_several_forwards_before_one_backward_add_up_like_rows_of_one_batch():
+    """A discriminator on real and on fake samples."""
+    x, y = batch(0, 2, torch.float64)
+    weighter, model = weighter_and_model()
+    first, second = model(x[:12]), model(x[12:])
+    weighter.backward(task_losses({task: torch.cat([first[task], second[task]]) for task in TASKS}, y))
+    assert weighter.statistics.micro_batches == 1
+    assert_statistics_by_hand(weighter, model)
+    assert_gradients_by_hand(model, {"depth": 1, "seg": 1})
+
+
+def test_a_head_called_twice_in_one_forward():
+    model = Caller(lambda heads, z: {"depth": heads["depth"](z) + heads["depth"](z), "seg": 2 * heads["seg"](z)})
+    weighter = Weighter(GRADNORM, TASKS, heads=dict(model.heads))
+    weighter.backward(losses_of(model))
+    x, y = batch(0, 2, torch.float64)
+    z = representation(model.inner, x).detach().requires_grad_()
+    losses = task_losses({task: 2 * head(z) for task, head in model.heads.items()}, y)
+    n = [torch.autograd.grad(loss, z)[0].norm() for loss in losses.values()]
+    # The two calls branch apart, and so count like rows of their own: the task's norm is that of the two side by side.
+    torch.testing.assert_close(weighter.statistics.norms[1], n[1], **EXACT)
+    torch.testing.assert_close(weighter.statistics.norms[0], n[0] / math.sqrt(2), **EXACT)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda heads, z: {"depth": heads["depth"](z[:, :3]), "seg": heads["seg"](z[:, 2:])},
+        lambda heads, z: {task: head(z * 1) for task, head in heads.items()},
+    ],
+    ids=["slices", "copies"],
+)
+def test_heads_fed_different_tensors_give_norms_and_no_gram_matrix(call):
+    def build():
+        model = Caller(call)
+        for head in model.heads.values():
+            head.inner = nn.Linear(3, 4, dtype=torch.float64) if "3" in str(call.__code__.co_consts) else head.inner
+        return model
+
+    torch.manual_seed(0)
+    model = build()
+    weighter = Weighter(GRADNORM, TASKS, heads=dict(model.heads))
+    weighter.backward(losses_of(model))
+    assert weighter.statistics.gram is None and "cosine/depth·seg" not in weighter.log_values()
+    x, y = batch(0, 2, torch.float64)
+    weighter.detach()
+    z = representation(model.inner, x).detach().requires_grad_()
+    losses = task_losses(call(model.heads, z), y)
+    n = torch.stack([torch.autograd.grad(loss, z)[0].norm() for loss in losses.values()])
+    torch.testing.assert_close(weighter.statistics.norms, n, **EXACT)
+
+    needy = Weighter(MGDA(), TASKS, heads=dict(model.heads))
+    weights = needy.weights
+    with pytest.raises(RuntimeError, match=r"MGDA.* needs the inner products .* Call `weighter.branch\(z\)` once"):
+        needy.backward(losses_of(model))
+    assert needy.weights == weights
+    with pytest.raises(RuntimeError, match="heads were fed different tensors"):
+        needy.backward(losses_of(model))
+
+
+def apart(model):
+    """One loader per task: every head sees samples of its own."""
+    (x, y), (u, v) = batch(0, 2, torch.float64), batch(1, 2, torch.float64)
+    zx, zu = representation(model, x), representation(model, u)
+    return {
+        "depth": (model.heads["depth"](zx) - y[:, 0]).square().mean(),
+        "seg": (model.heads["seg"](zu) - v[:, 1]).square().mean(),
+    }
+
+
+def test_tasks_that_share_no_sample_meet_at_the_shared_layer():
+    model = net()
+    weighter = Weighter(MGDA(), TASKS, heads=dict(model.heads), shared_layer="shared", model=model)
+
+    def losses():
+        (x, y), (u, v) = batch(0, 2, torch.float64), batch(1, 2, torch.float64)
+        depth = (model.heads["depth"](representation(model, x)) - y[:, 0]).square().mean()
+        seg = (model.heads["seg"](representation(model, u)) - v[:, 1]).square().mean()
+        return {"depth": depth, "seg": seg}
+
+    weighter.backward(losses())
+    weighter.detach()
+    G = torch.stack([torch.autograd.grad(loss, model.shared.weight)[0].flatten() for loss in losses().values()])
+    torch.testing.assert_close(weighter.statistics.gram, G @ G.T, **EXACT)
+    assert weighter.statistics.gram[0, 1] != 0
+
+
+# ---- other gradients through the branch --------------------------------------------------------------------------
+
+
+def test_row_31_a_generators_step_through_the_discriminator_is_not_recorded():
+    torch.manual_seed(0)
+    generator = nn.Linear(6, 6).double()
+    weighter, model = weighter_and_model()
+    x, y = batch(0, 2, torch.float64)
+    for order in ("before", "after"):
+        if order == "before":
+            fooled = sum(task_losses(model(generator(x)), y).values())
+            fooled.backward()
+        weighter.backward(losses_of(model))
+        if order == "after":
+            generator.zero_grad()
+            fooled = sum(task_losses(model(generator(x)), y).values())
+            fooled.backward()
+        assert_statistics_by_hand(weighter, model)
+        twin = net()
+        expected = torch.autograd.grad(sum(task_losses(twin(generator(x)), y).values()), generator.weight)[0]
+        torch.testing.assert_close(generator.weight.grad, expected, **EXACT)
+
+
+def test_a_users_own_gradient_between_forward_and_backward():
+    weighter, model = weighter_and_model()
+    losses = losses_of(model)
+    mine = torch.autograd.grad(losses["seg"], model.shared.weight, retain_graph=True)[0]
+    penalty = torch.autograd.grad(sum(losses.values()), model.embed.weight, retain_graph=True)[0]
+    weighter.backward(losses)
+    assert_statistics_by_hand(weighter, model)
+    assert_gradients_by_hand(model, {"depth": 1, "seg": 1})
+    twin = net()
+    losses = losses_of(twin)
+    torch.testing.assert_close(
+        mine, torch.autograd.grad(losses["seg"], twin.shared.weight, retain_graph=True)[0], **EXACT
+    )
+    torch.testing.assert_close(penalty, torch.autograd.grad(sum(losses.values()), twin.embed.weight)[0], **EXACT)
+
+
+def test_shared_weights_do_not_touch_a_foreign_gradient():
+    weighter, model = weighter_and_model(MGDA())
+    weighter.backward(losses_of(model))
+    assert weighter.weights["depth"] != weighter.weights["seg"]
+    model.zero_grad()
+    sum(losses_of(model).values()).backward()
+    assert_gradients_by_hand(model, {"depth": 1, "seg": 1})
+
+
+def test_weights_on_the_shared_path_leave_the_heads_raw():
+    weighter, model = weighter_and_model(MGDA())
+    for step in range(2):
+        weights = weighter.weights
+        model.zero_grad()
+        total = weighter.backward(losses_of(model, step))
+        assert_statistics_by_hand(weighter, model, step)
+        assert total.item() == pytest.approx(sum(losses_of(model, step).values()).item(), rel=1e-14)
+        twin = net()
+        losses = losses_of(twin, step)
+        trunk = [p for name, p in twin.named_parameters() if not name.startswith("heads")]
+        shared = torch.autograd.grad(sum(weights[task] * losses[task] for task in TASKS), trunk, retain_graph=True)
+        raw = torch.autograd.grad(sum(losses.values()), list(twin.heads.parameters()))
+        for p, expected in zip(model.parameters(), [*shared, *raw], strict=True):
+            torch.testing.assert_close(p.grad, expected, **EXACT)
+    assert weights["depth"] != weights["seg"]
+
+
+def test_a_loss_of_the_trunks_own_joins_the_total():
+    weighter, model = weighter_and_model()
+    x, y = batch(0, 2, torch.float64)
+    z = representation(model, x)
+    losses = task_losses(each(model.heads, z), y)
+    (weighter.combine(losses) + 0.1 * z.square().mean()).backward()
+    weighter.step()
+    assert_statistics_by_hand(weighter, model)
+
+
+# ---- absent tasks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [GRADNORM, MGDA(), CoVWeighting()], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_count_of_zero_makes_a_loss_that_is_not_finite_harmless(method, bad):
+    weighter, model = weighter_and_model(method)
+    losses = losses_of(model)
+    rows = (model.heads["seg"](model.shared(model.embed(batch(0, 2, torch.float64)[0]))) * bad).mean()
+    del rows
+    weighter.backward({**losses, "seg": losses["seg"] * bad}, num_items={"seg": 0})
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+        assert bool(p.grad.eq(0).all()) == name.startswith("heads.seg"), name
+    assert weighter.statistics.present.tolist() == [True, False]
+    assert weighter.statistics.losses.isfinite().all() and weighter.statistics.norms.isfinite().all()
+    assert all(math.isfinite(value) for value in weighter.log_values().values())
+    G = gradients_by_hand(net())
+    torch.testing.assert_close(weighter.statistics.norms, torch.stack([G[0].norm(), torch.tensor(0.0)]).double())
+
+
+def test_a_task_left_out_gets_no_gradient_at_all():
+    weighter, model = weighter_and_model()
+    weighter.backward({"depth": losses_of(model)["depth"]})
+    assert all(p.grad is None for p in model.heads["seg"].parameters())
+
+
+# ---- two weighters -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["the first first", "the second first"])
+def test_row_29_two_weighters_with_heads_of_their_own_on_one_trunk(order):
+    torch.manual_seed(0)
+    model = Net(["a", "b", "c", "d"]).double()
+    pairs = [["a", "b"], ["c", "d"]]
+    weighters = [Weighter(GRADNORM, pair, heads={task: model.heads[task] for task in pair}) for pair in pairs]
+    G = gradients_by_hand(model)
+    for i in order:
+        losses = losses_of(model, tasks=4)
+        weighters[i].backward({task: losses[task] for task in pairs[i]})
+    for i in (0, 1):
+        mine = G[2 * i : 2 * i + 2]
+        torch.testing.assert_close(weighters[i].statistics.gram, mine @ mine.T, **EXACT)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["the first", "the second"])
+def test_row_29_two_weighters_on_the_same_heads(which):
+    model = net()
+    weighters = [Weighter(GRADNORM, TASKS, heads=dict(model.heads)) for _ in range(2)]
+    weighters[which].backward(losses_of(model))
+    assert weighters[1 - which].statistics is None
+    torch.testing.assert_close(weighters[which].statistics.norms, gradients_by_hand(net()).norm(dim=1), **EXACT)
+    assert_gradients_by_hand(model, {"depth": 1, "seg": 1})
+
+
+def test_an_evaluation_of_one_head_between_two_micro_batches_leaves_no_trace():
+    accelerator = fake_accelerator(sync=False)
+    weighter, model = weighter_and_model(accelerator=accelerator)
+    weighter.backward(losses_of(model))
+    with torch.no_grad():
+        x, _ = batch(7, 2, torch.float64)
+        model.heads["depth"](representation(model, x))
+    accelerator.sync_gradients = True
+    weighter.backward(losses_of(model))
+    assert weighter.statistics.micro_batches == 2
+    G = gradients_by_hand(model)
+    torch.testing.assert_close(weighter.statistics.gram, G @ G.T / 2, **EXACT)  # the same rows twice, each at 1/2
+
+
+# ---- checkpointing and compilation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["heads inside", "heads outside"])
+@pytest.mark.parametrize("reentrant", [True, False], ids=["re-entrant", "not re-entrant"])
+@pytest.mark.parametrize("method", [GRADNORM, MGDA()], ids=["losses", "shared"])
+def test_row_33_activation_checkpointing(reentrant, inside, method):
+    def run(model, x):
+        if inside:
+            stacked = checkpoint(lambda x: torch.stack(list(model(x).values())), x, use_reentrant=reentrant)
+            return dict(zip(TASKS, stacked, strict=True))
+        return each(model.heads, checkpoint(lambda x: representation(model, x), x, use_reentrant=reentrant))
+
+    weighter, model = weighter_and_model(method)
+    for step in range(2):
+        x, y = batch(step, 2, torch.float64)
+        weights = weighter.weights
+        model.zero_grad()
+        weighter.backward(task_losses(run(model, x.requires_grad_()), y))
+        assert weighter.statistics.step == step
+        assert_statistics_by_hand(weighter, model, step)
+        if method.acts_on == "losses":
+            assert_gradients_by_hand(model, weights, step)
+    assert len(set(weights.values())) == 2
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while tracing
+@pytest.mark.parametrize("route", ["heads", "branch"])
+def test_row_33_compiled_without_a_graph_break(route, fresh_compiler):
+    model = net()
+    weighter = Weighter(GRADNORM, TASKS, **({"heads": dict(model.heads)} if route == "heads" else {}))
+    if route == "branch":
+        model.branch = weighter.branch
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for step in range(3):
+        weights = weighter.weights
+        model.zero_grad()
+        weighter.backward(losses_of(compiled, step))
+        model.branch, branch = None, model.branch
+        G = gradients_by_hand(net(), step)
+        torch.testing.assert_close(weighter.statistics.gram, G @ G.T, **EXACT)
+        assert_gradients_by_hand(model, weights, step)
+        model.branch = branch
+    assert weighter.weights["depth"] != weighter.weights["seg"]
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [GRADNORM, GradNorm(alpha=0.5, initial_loss_decay=0.9), CoVWeighting(), CoVWeighting(decay=0.9), MGDA()],
+    ids=repr,
+)
+def test_row_25_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(method):
+    weighter, model = weighter_and_model(method)
+    for step in range(3):
+        weighter.backward(losses_of(model, step))
+    state = through_a_file(weighter.state_dict())
+    again, twin = weighter_and_model(method, initial_weights={"depth": 3.0})
+    again.load_state_dict(state)
+    assert again.weights == weighter.weights and again.history == weighter.history
+    for step in range(3, 6):
+        weighter.backward(losses_of(model, step))
+        again.backward(losses_of(twin, step))
+    assert again.weights == weighter.weights
+    assert again.average_weights == weighter.average_weights
+    assert again.history == weighter.history and again.log_values() == weighter.log_values()
+    assert again.statistics.step == 5
+    one, other = weighter.state_dict(), again.state_dict()
+    assert one["state"].keys() == other["state"].keys()
+    assert all(torch.equal(one["state"][key], other["state"][key]) for key in one["state"])
+
+
+def test_a_saved_state_does_not_move_with_the_weighter():
+    weighter, model = weighter_and_model()
+    weighter.backward(losses_of(model))
+    state = weighter.state_dict()
+    before = through_a_file(state)
+    for step in range(3):
+        weighter.backward(losses_of(model, step))
+    assert torch.equal(state["weights"], before["weights"])
+    assert all(torch.equal(state["state"][key], before["state"][key]) for key in state["state"])
+    assert torch.equal(state["record"]["loss_moments"], before["record"]["loss_moments"])
+    again, twin = weighter_and_model()
+    again.load_state_dict(state)
+    again.backward(losses_of(twin))
+    assert torch.equal(state["record"]["loss_moments"], before["record"]["loss_moments"])
+
+
+def test_frozen_and_skipped_steps_are_saved():
+    weighter, model = weighter_and_model()
+    weighter.backward({task: loss * torch.nan for task, loss in losses_of(model).items()})
+    weighter.freeze()
+    again, _ = weighter_and_model()
+    again.load_state_dict(through_a_file(weighter.state_dict()))
+    assert again.frozen and again.log_values()["weighting/skipped_steps"] == 1
+
+
+def test_row_27_another_weighters_checkpoint_is_refused_with_all_differences():
+    weighter, _ = weighter_and_model()
+    model = net(["depth", "normals"])
+    other = Weighter(CoVWeighting(), ["depth", "normals"], heads=dict(model.heads))
+    before = other.weights
+    with pytest.raises(ValueError, match="Differences: tasks, method") as caught:
+        other.load_state_dict(weighter.state_dict())
+    message = str(caught.value)
+    assert "['depth', 'seg'] in the checkpoint, ['depth', 'normals'] here" in message
+    assert f"{GRADNORM!r} in the checkpoint, {CoVWeighting()!r} here" in message
+    assert "`strict=False`" in message and other.weights == before
+    with pytest.raises(ValueError, match="Differences: version"):
+        other.load_state_dict({**other.state_dict(), "version": 99}, strict=False)
+
+
+@pytest.mark.parametrize("state", [{}, {"kind": "other", "params": 1}, None, [1]], ids=str)
+def test_row_28_something_else_is_refused(state):
+    weighter, _ = weighter_and_model()
+    with pytest.raises(ValueError, match=r"does not hold a weighter's state \(keys: .*in the same order"):
+        weighter.load_state_dict(state)
+
+
+def test_a_task_added_keeps_what_fits():
+    weighter, model = weighter_and_model()
+    for step in range(3):
+        weighter.backward(losses_of(model, step))
+    saved = weighter.state_dict()
+    tasks = ["seg", "normals", "depth"]
+    larger = net(tasks)
+    again = Weighter(GRADNORM, tasks, heads=dict(larger.heads))
+    again.load_state_dict(through_a_file(saved), strict=False)
+    assert {task: again.weights[task] for task in TASKS} == weighter.weights and again.weights["normals"] == 1
+    for name in ("initial_losses", "adam_mean"):
+        new, old = again.state_dict()["state"][name], saved["state"][name]
+        assert torch.equal(new[[2, 0]], old) and new[1] == 0
+    assert again.state_dict()["step"] == 3
+    again.backward(losses_of(larger, 3, tasks=3))
+    assert all(math.isfinite(weight) for weight in again.weights.values())
+    assert [step for step, _ in again.history][-1] == 3
+
+
+def test_a_task_gone_keeps_what_fits():
+    weighter, model = weighter_and_model()
+    weighter.backward(losses_of(model))
+    one = net(["seg"])
+    again = Weighter(GRADNORM, ["seg"], heads=dict(one.heads))
+    again.load_state_dict(weighter.state_dict(), strict=False)
+    assert again.weights["seg"] == weighter.weights["seg"]
+    again.backward(losses_of(one, tasks=1))
+
+
+def test_another_method_keeps_the_weights_only():
+    weighter, model = weighter_and_model()
+    weighter.backward(losses_of(model))
+    again, twin = weighter_and_model(GradNorm(alpha=0.5))
+    again.load_state_dict(weighter.state_dict(), strict=False)
+    assert again.weights == weighter.weights
+    assert torch.equal(again.state_dict()["state"]["adam_mean"], weighter.state_dict()["state"]["adam_mean"])
+    other, twin = weighter_and_model(CoVWeighting(total="tasks"))
+    other.load_state_dict(weighter.state_dict(), strict=False)
+    assert other.state_dict()["state"]["count"].eq(0).all()
+    other.backward(losses_of(twin))
+
+
+def test_row_24_saving_inside_a_window_warns():
+    accelerator = fake_accelerator(sync=False)
+    weighter, model = weighter_and_model(accelerator=accelerator)
+    weighter.state_dict()
+    weighter.backward(losses_of(model))
+    with pytest.warns(UserWarning, match="Saved inside an accumulation window: 1 of its micro-steps is lost"):
+        weighter.state_dict()
+    weighter.backward(losses_of(model))
+    with pytest.warns(UserWarning, match="2 of its micro-steps are lost; save on `accelerator.sync_gradients`"):
+        weighter.state_dict()
+    accelerator.sync_gradients = True
+    weighter.backward(losses_of(model))
+    weighter.state_dict()
+
+
+def test_statistics_are_the_contract():
+    weighter, model = weighter_and_model()
+    weighter.backward(losses_of(model))
+    s = weighter.statistics
+    assert isinstance(s, Statistics) and s.micro_batches == 1 and s.step == 0 and s.present.dtype == torch.bool
+    assert all(t.dtype == torch.float64 and t.device.type == "cpu" for t in (s.losses, s.norms, s.gram))
+    assert s.gram.shape == (2, 2) and torch.equal(s.gram, s.gram.T)
