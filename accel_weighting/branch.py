@@ -173,6 +173,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
         return True
     if torch.compiler.is_compiling() or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
+    if a.grad_fn is not None and a.grad_fn is b.grad_fn and a.output_nr != b.output_nr:
+        return False  # another weighter's join has divided them
     return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
 
 
@@ -306,12 +308,14 @@ class Branch:
         return _Join.apply(z, inputs, mask, self._key, len(self.tasks))
 
     def _alias(self, z: Tensor, k: int) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self._rotated(z, k)
         graph_task = _graph_task()
         forward = self._forward
         if forward is not None and (forward.graph_task != graph_task or k in forward.taken):
             forward = None
         if forward is not None and not _same(forward.z, z):
-            self.split, forward = True, None
+            self.split, forward = self._find_shared_layer is None, None  # at a layer's weight all samples meet
         if forward is None:
             self._forward = forward = _Forward(z, self._join(z), graph_task)
         forward.taken.add(k)

@@ -18,6 +18,7 @@ import platform
 import shutil
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import accelerate
@@ -66,6 +67,10 @@ LOSSES = {
 }
 
 
+PANELS = {"weight": "weight", "loss": "loss", "grad_norm": "gradient norm at the trunk's output"}
+History = list[tuple[int, dict[str, float]]]
+
+
 class DigitPairs(Dataset):
     """Pairs of images drawn with replacement, with the right answers to all tasks."""
 
@@ -91,9 +96,7 @@ class DigitPairs(Dataset):
 def load_pairs(seed: int) -> tuple[DigitPairs, DigitPairs]:
     """Pairs to train on and pairs to test on, which share no image."""
     digits = load_digits()  # 1,797 images of 8 × 8 pixels from 0 to 16
-    train, test = train_test_split(
-        range(len(digits.target)), test_size=0.25, stratify=digits.target, random_state=seed
-    )
+    train, test = train_test_split(range(len(digits.target)), test_size=0.25, stratify=digits.target, random_state=seed)
     images, labels = torch.tensor(digits.images, dtype=torch.float32) / 16, torch.tensor(digits.target)
     return DigitPairs(images[train], labels[train], 16_384, seed), DigitPairs(images[test], labels[test], 4_096, seed)
 
@@ -111,6 +114,7 @@ class MultiDigitModel(nn.Module):
             num_hidden_layers=layers,
             num_attention_heads=4,
             intermediate_size=2 * width,
+            initializer_range=0.1,  # from the usual 0.02 so narrow a trunk needs hundreds of steps to leave a plateau
             hidden_dropout_prob=0.0,  # every process draws its own dropout: the weights would depend on their number
             attention_probs_dropout_prob=0.0,
         )
@@ -220,7 +224,7 @@ def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "metrics": metrics,
         "weights": weighter.weights,
-        "history": weighter.history,
+        "history": brief(weighter.history),
     }
 
 
@@ -267,11 +271,19 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
 
 
-def smooth(history: list[tuple[int, dict[str, float]]]) -> list[tuple[int, dict[str, float]]]:
+def brief(history: History) -> History:
+    """What the picture shows of a weighter's record, to five digits."""
+    return [
+        (step, {name: float(f"{value:.5g}") for name, value in values.items() if name.partition("/")[0] in PANELS})
+        for step, values in history
+    ]
+
+
+def smooth(history: History) -> History:
     """Means over a fiftieth of the run: single batches are too noisy to look at."""
     width = max(1, len(history) // 50)
     windows = [history[end - width : end] for end in range(width, len(history) + 1)]
-    return [(w[-1][0], {name: sum(values[name] for _, values in w) / width for name in w[0][1]}) for w in windows]
+    return [(w[-1][0], {n: fmean(values[n] for _, values in w if n in values) for n in w[-1][1]}) for w in windows]
 
 
 def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
@@ -279,13 +291,12 @@ def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = {"weight": "weight", "loss": "loss", "grad_norm": "gradient norm at the trunk's output"}
-    rows, columns = len(runs), len(panels)
-    size = (13, 0.9 + 2.9 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey="col", squeeze=False, layout="constrained")
+    rows, columns = len(runs), len(PANELS)
+    figure = plt.figure(figsize=(13, 0.9 + 2.9 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey="col", squeeze=False)
     for (method, run), row in zip(runs.items(), axes, strict=True):
         history = smooth(run["history"])
-        for ax, (values, title) in zip(row, panels.items(), strict=True):
+        for ax, (values, title) in zip(row, PANELS.items(), strict=True):
             plot_history(history, ax, values=values)
             handles, labels = ax.get_legend_handles_labels()
             ax.get_legend().remove()
@@ -304,7 +315,7 @@ def parse_args() -> argparse.Namespace:
         metavar="A,B,…",
         help="several methods, one after the other, from the same seed with the same budget, instead of --method",
     )
-    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps (default: 1200)")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps (default: 1000)")
     parser.add_argument("--batch_size", type=int, default=64, help="pairs per micro-batch and process (default: 64)")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step (default: 1)")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW (default: 0.001)")
@@ -345,14 +356,13 @@ def main() -> None:
             "versions": {
                 "python": platform.python_version(),
                 **{
-                    module.__name__: module.__version__
-                    for module in (torch, accelerate, transformers, accel_weighting)
+                    module.__name__: module.__version__ for module in (torch, accelerate, transformers, accel_weighting)
                 },
             },
             "processes": accelerator.num_processes,
             "runs": runs,
         }
-        (args.output_dir / "multi_digits.json").write_text(json.dumps(results, indent=1))
+        (args.output_dir / "multi_digits.json").write_text(json.dumps(results))
         print(f"Results are in {args.output_dir}")
     accelerator.wait_for_everyone()
     accelerator.end_training()

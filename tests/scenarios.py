@@ -125,8 +125,7 @@ def batch(step: int, tasks: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def task_losses(outputs: dict[str, Tensor], y: Tensor) -> dict[str, Tensor]:
     """Positive losses of very different sizes."""
     return {
-        task: (10.0 ** (k % 3)) * (output - y[:, k]).square().mean()
-        for k, (task, output) in enumerate(outputs.items())
+        task: (10.0 ** (k % 3)) * (output - y[:, k]).square().mean() for k, (task, output) in enumerate(outputs.items())
     }
 
 

@@ -162,7 +162,7 @@ class Clamp(_Wrapper):
 
     def _clip(self, w: Tensor) -> Tensor:
         x, total, free = w.clamp(min=FLOOR), w.sum(), torch.ones_like(w, dtype=torch.bool)
-        while free.any():
+        for _ in w:  # every round but the last clips a task for good
             x[free] *= (total - x[~free].sum()) / x[free].sum()
             over, under = (x - self.high).clamp(min=0), (self.low - x).clamp(min=0)
             if not (over + under).any():

@@ -129,9 +129,7 @@ def test_a_hang_shows_the_line_that_waits(tmp_path):
 
 
 def test_a_collective_on_one_process_only_times_out(tmp_path):
-    with pytest.raises(
-        RanksFailed, match=r"^process 0 of 2 failed: .*; processes \[1\] of 2 still waiting"
-    ) as failure:
+    with pytest.raises(RanksFailed, match=r"^process 0 of 2 failed: .*; processes \[1\] of 2 still waiting") as failure:
         run_ranks(reduce_on_one_process_only, 2, tmp_path, timeout=10)
     assert str(failure.value).count("in reduce_on_one_process_only") == 2
 

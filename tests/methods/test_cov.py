@@ -32,9 +32,7 @@ def run(method, losses, present=None, initial_weights=None):
 
 def random_losses(steps=200, K=3, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return (
-        torch.rand(steps, K, generator=g, dtype=torch.float64) * torch.logspace(-3, 3, K, dtype=torch.float64) + 1e-4
-    )
+    return torch.rand(steps, K, generator=g, dtype=torch.float64) * torch.logspace(-3, 3, K, dtype=torch.float64) + 1e-4
 
 
 def reference(losses, decay=None):
@@ -81,18 +79,12 @@ def test_equal_to_the_reference_over_200_steps(decay):
 
 
 def test_a_constant_loss_is_satisfied():
-    """Against an exponentially decaying one."""
-    losses = [(1.0, math.exp(-0.04 * t)) for t in range(500)]
-    weights, _ = run(CoVWeighting(), losses)
-    assert weights[1].tolist() == [0.5, 0.5]
-    assert weights[2].tolist() == pytest.approx([0.005, 0.995], abs=2e-3)
-    assert weights[-1, 0] < 5e-4
-
-
-def test_the_example_of_the_paper_with_a_constant_loss():
-    weights, _ = run(CoVWeighting(), [(1.0, 1.0), (1.0, 0.99)])
-    c = [1e-4, math.sqrt(0.005**2 + 1e-8) / 0.995]
-    assert weights[2].tolist() == pytest.approx([x / sum(c) for x in c], abs=1e-12)
+    weights, _ = run(CoVWeighting(), [(1.0, math.exp(-0.01 * t)) for t in range(500)])
+    assert weights[0].tolist() == weights[1].tolist() == [0.5, 0.5]
+    c = [1e-4, math.sqrt(((1 - math.exp(-0.01)) / 2) ** 2 + 1e-8) / ((1 + math.exp(-0.01)) / 2)]
+    assert weights[2].tolist() == pytest.approx([c_i / sum(c) for c_i in c], abs=1e-12)
+    assert weights[2].tolist() == pytest.approx([0.0196, 0.9804], abs=1e-4)
+    assert weights[-1, 0] < 1e-3
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])
@@ -163,9 +155,7 @@ def test_a_zero_first_loss_is_no_observation():
     late = torch.ones_like(losses, dtype=torch.bool)
     late[:5, 2] = False
     zero_first = torch.where(late, losses, 0.0)
-    torch.testing.assert_close(
-        run(CoVWeighting(), zero_first)[0], run(CoVWeighting(), losses, late)[0], rtol=0, atol=0
-    )
+    torch.testing.assert_close(run(CoVWeighting(), zero_first)[0], run(CoVWeighting(), losses, late)[0], rtol=0, atol=0)
 
 
 def test_later_zeros_are_observations():

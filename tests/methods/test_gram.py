@@ -106,21 +106,20 @@ ALL = {**{f"regular {i}": M for i, M in enumerate(REGULAR)}, **HARD}
 
 
 @pytest.mark.parametrize("method", METHODS, ids=ids)
-@pytest.mark.parametrize("case", ALL)
-def test_any_gram_matrix_gives_finite_weights_of_the_declared_sum_and_sign(method, case):
-    M = ALL[case]
-    before = M.clone()
-    weights = answer(method, M)
-    assert weights.shape == (len(M),) and weights.dtype == torch.float64 and weights.isfinite().all()
-    assert torch.equal(M, before)
-    if isinstance(method, SUM_ONE):
-        assert weights.sum().item() == pytest.approx(1, abs=1e-9)
-    if not isinstance(method, SIGNED):
-        assert (weights >= 0).all()
-    if isinstance(method, PCGrad):
-        assert (weights >= 1).all()
-    if isinstance(method, NashMTL):
-        assert (weights > 0).all() and (weights <= LIMIT * len(M) ** 0.5).all()
+def test_any_gram_matrix_gives_finite_weights_of_the_declared_sum_and_sign(method):
+    for case, M in ALL.items():
+        before = M.clone()
+        weights = answer(method, M)
+        assert weights.shape == (len(M),) and weights.dtype == torch.float64 and weights.isfinite().all(), case
+        assert torch.equal(M, before), case
+        if isinstance(method, SUM_ONE):
+            assert weights.sum().item() == pytest.approx(1, abs=1e-9), case
+        if not isinstance(method, SIGNED):
+            assert (weights >= 0).all(), case
+        if isinstance(method, PCGrad):
+            assert (weights >= 1).all(), case
+        if isinstance(method, NashMTL):
+            assert (weights > 0).all() and (weights <= LIMIT * len(M) ** 0.5).all(), case
 
 
 @given(
@@ -141,16 +140,17 @@ def test_any_jacobian(K, rank, seed, scales):
             assert weights.sum().item() == pytest.approx(1, abs=1e-9)
 
 
-# For gradients equal to 1e-9, which of them is shorter is a matter of rounding.
 @pytest.mark.parametrize("method", [m for m in METHODS if not isinstance(m, PCGrad)], ids=ids)
-@pytest.mark.parametrize("case", [case for case in ALL if not case.startswith("nearly")])
-def test_the_order_of_the_tasks_is_of_no_consequence(method, case):
-    M = ALL[case]
-    order = torch.randperm(len(M), generator=torch.Generator().manual_seed(1))
-    weights, permuted = answer(method, M), answer(method, M[order][:, order])
-    # A capped CAGrad multiplies the rounding of w by up to 1,000; ConFIG's length is a difference of norms 1e±10.
-    rtol, atol = (1e-5 if isinstance(method, ConFIG) else 1e-7), (1e-6 if isinstance(method, CAGrad) else 1e-8)
-    torch.testing.assert_close(permuted, weights[order], rtol=rtol, atol=atol)
+def test_the_order_of_the_tasks_is_of_no_consequence(method):
+    for case, M in ALL.items():
+        if case.startswith("nearly"):  # which of two gradients equal to 1e-9 is shorter is a matter of rounding
+            continue
+        order = torch.randperm(len(M), generator=torch.Generator().manual_seed(1))
+        weights, permuted = answer(method, M), answer(method, M[order][:, order])
+        # ConFIG's length is a sum of norms 1e±10; a capped CAGrad multiplies the rounding of w by up to 1,000.
+        rtol = 1e-3 if isinstance(method, ConFIG) and "scales" in case else 1e-7
+        atol = 1e-6 if isinstance(method, CAGrad) else 1e-8
+        torch.testing.assert_close(permuted, weights[order], rtol=rtol, atol=atol, msg=lambda m, c=case: f"{c}: {m}")
 
 
 @pytest.mark.parametrize("method", METHODS, ids=ids)
@@ -433,9 +433,7 @@ def test_aligned_mtl_is_the_mean_of_orthogonal_gradients_of_length_sigma(M):
 
 
 def test_aligned_mtl_takes_the_rank_from_the_cosines():
-    torch.testing.assert_close(
-        answer(AlignedMTL(), torch.diag(vector(1.0, 1e-10))), vector(0.5e-5, 0.5)
-    )
+    torch.testing.assert_close(answer(AlignedMTL(), torch.diag(vector(1.0, 1e-10))), vector(0.5e-5, 0.5))
     # Equal gradients that differ by float32 rounding count as equal: their difference does not set σ.
     J = jacobian(3, 40, 15)
     J[1] = J[0] * (1 + 1e-7 * jacobian(1, 40, 16))[0]

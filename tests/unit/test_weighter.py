@@ -153,7 +153,7 @@ def test_average_weights_are_those_that_were_applied_in_the_unfrozen_steps():
             applied.append(weighter.weights["depth"])
         weighter.backward(losses_of(model, step))
     assert weighter.average_weights["depth"] == pytest.approx(sum(applied) / 4, rel=1e-14)
-    assert len(set(applied)) == 4 - 1  # the step after the frozen one begins where the one before it ended
+    assert len(set(applied)) == 4
 
 
 # ---- what is kept for people -------------------------------------------------------------------------------------
@@ -283,13 +283,11 @@ def test_a_refused_construction_leaves_no_hook():
 
 
 def test_three_hundred_steps_leave_no_growing_graph():
-    weighter, model = weighter_and_model(shared_layer="shared", model=net())
-    weighter.detach()
     weighter, model = weighter_and_model()
 
     def tensors():
         gc.collect()
-        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects()) - len(weighter._record._rows)
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()) - len(weighter._record._rows)
 
     counts = []
     for step in range(300):
@@ -384,23 +382,21 @@ def test_a_head_called_twice_in_one_forward():
     torch.testing.assert_close(weighter.statistics.norms[0], n[0] / math.sqrt(2), **EXACT)
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda heads, z: {"depth": heads["depth"](z[:, :3]), "seg": heads["seg"](z[:, 2:])},
-        lambda heads, z: {task: head(z * 1) for task, head in heads.items()},
-    ],
-    ids=["slices", "copies"],
-)
-def test_heads_fed_different_tensors_give_norms_and_no_gram_matrix(call):
-    def build():
-        model = Caller(call)
-        for head in model.heads.values():
-            head.inner = nn.Linear(3, 4, dtype=torch.float64) if "3" in str(call.__code__.co_consts) else head.inner
-        return model
+def slices(heads, z):
+    return {"depth": heads["depth"](z[:, :3]), "seg": heads["seg"](z[:, 2:])}
 
+
+def copies(heads, z):
+    return {task: head(z * 1) for task, head in heads.items()}
+
+
+@pytest.mark.parametrize("call", [slices, copies])
+def test_heads_fed_different_tensors_give_norms_and_no_gram_matrix(call):
     torch.manual_seed(0)
-    model = build()
+    model = Caller(call)
+    if call is slices:
+        for head in model.heads.values():
+            head.inner = nn.Linear(3, 4, dtype=torch.float64)
     weighter = Weighter(GRADNORM, TASKS, heads=dict(model.heads))
     weighter.backward(losses_of(model))
     assert weighter.statistics.gram is None and "cosine/depth·seg" not in weighter.log_values()
@@ -423,10 +419,9 @@ def test_heads_fed_different_tensors_give_norms_and_no_gram_matrix(call):
 def apart(model):
     """One loader per task: every head sees samples of its own."""
     (x, y), (u, v) = batch(0, 2, torch.float64), batch(1, 2, torch.float64)
-    zx, zu = representation(model, x), representation(model, u)
     return {
-        "depth": (model.heads["depth"](zx) - y[:, 0]).square().mean(),
-        "seg": (model.heads["seg"](zu) - v[:, 1]).square().mean(),
+        "depth": (model.heads["depth"](representation(model, x)) - y[:, 0]).square().mean(),
+        "seg": (model.heads["seg"](representation(model, u)) - v[:, 1]).square().mean(),
     }
 
 
@@ -434,15 +429,9 @@ def test_tasks_that_share_no_sample_meet_at_the_shared_layer():
     model = net()
     weighter = Weighter(MGDA(), TASKS, heads=dict(model.heads), shared_layer="shared", model=model)
 
-    def losses():
-        (x, y), (u, v) = batch(0, 2, torch.float64), batch(1, 2, torch.float64)
-        depth = (model.heads["depth"](representation(model, x)) - y[:, 0]).square().mean()
-        seg = (model.heads["seg"](representation(model, u)) - v[:, 1]).square().mean()
-        return {"depth": depth, "seg": seg}
-
-    weighter.backward(losses())
+    weighter.backward(apart(model))
     weighter.detach()
-    G = torch.stack([torch.autograd.grad(loss, model.shared.weight)[0].flatten() for loss in losses().values()])
+    G = torch.stack([torch.autograd.grad(loss, model.shared.weight)[0].flatten() for loss in apart(model).values()])
     torch.testing.assert_close(weighter.statistics.gram, G @ G.T, **EXACT)
     assert weighter.statistics.gram[0, 1] != 0
 
@@ -531,8 +520,6 @@ def test_a_loss_of_the_trunks_own_joins_the_total():
 def test_a_count_of_zero_makes_a_loss_that_is_not_finite_harmless(method, bad):
     weighter, model = weighter_and_model(method)
     losses = losses_of(model)
-    rows = (model.heads["seg"](model.shared(model.embed(batch(0, 2, torch.float64)[0]))) * bad).mean()
-    del rows
     weighter.backward({**losses, "seg": losses["seg"] * bad}, num_items={"seg": 0})
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
@@ -584,7 +571,7 @@ def test_an_evaluation_of_one_head_between_two_micro_batches_leaves_no_trace():
     weighter.backward(losses_of(model))
     with torch.no_grad():
         x, _ = batch(7, 2, torch.float64)
-        model.heads["depth"](representation(model, x))
+        model.heads["seg"](representation(model, x))
     accelerator.sync_gradients = True
     weighter.backward(losses_of(model))
     assert weighter.statistics.micro_batches == 2

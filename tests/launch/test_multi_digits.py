@@ -1,0 +1,87 @@
+"""The README's command, really launched. No exit code alone is a verdict: the runs say how many processes they had."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TASKS = ["left", "right", "sum", "parity", "pixels"]
+
+
+def launch(*options, timeout=120):
+    """`accelerate launch … examples/multi_digits.py` with `options`; its exit code and its output."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch_configs/cpu_2.yaml"]
+    command += ["examples/multi_digits.py", *map(str, options)]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environ = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environ, text=True, capture_output=True, timeout=timeout)
+    return done.returncode, done.stdout + done.stderr
+
+
+def train(folder, *options):
+    """A short run that must go well; the output and the results it wrote."""
+    code, output = launch("--cpu", "--batch_size", 16, "--output_dir", folder, *options)
+    assert code == 0, output
+    assert "2 processes, DistributedType.MULTI_CPU" in output
+    results = json.loads((folder / "multi_digits.json").read_text())
+    assert results["processes"] == 2
+    assert (folder / "multi_digits.png").read_bytes().startswith(b"\x89PNG")
+    return output, results
+
+
+def test_methods_are_compared_on_two_processes(tmp_path):
+    output, results = train(tmp_path, "--compare", "equal,gradnorm,cov", "--steps", 6, "--accumulation", 2)
+    assert list(results["runs"]) == ["equal", "gradnorm", "cov"]
+    for run in results["runs"].values():
+        assert run["processes"] == 2
+        assert run["pairs_per_step"] == 16 * 2 * 2
+        assert sum(run["weights"].values()) == pytest.approx(5)
+        assert list(run["weights"]) == list(run["metrics"]) == TASKS
+        steps, values = zip(*run["history"], strict=True)
+        assert steps == tuple(range(6))
+        assert set(values[-1]) == {f"{group}/{task}" for group in ("weight", "loss", "grad_norm") for task in TASKS}
+    assert set(results["runs"]["equal"]["weights"].values()) == {1.0}
+    assert results["runs"]["gradnorm"]["weights"]["sum"] < 1  # by far the largest gradient
+    first_losses = [run["history"][0][1]["loss/left"] for run in results["runs"].values()]
+    assert first_losses == [first_losses[0]] * 3  # the same model saw the same pairs
+    assert results["settings"]["steps"] == 6
+    assert {"torch", "accelerate", "transformers", "accel_weighting"} < set(results["versions"])
+    for task in TASKS:
+        assert re.search(rf"^{task} .*\([+-]\d+\.\d %\)", output, re.MULTILINE), output
+    assert "mean change" in output
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    options = ("--method", "gradnorm", "--accumulation", 2)
+    _, whole = train(tmp_path, *options, "--steps", 9)
+    train(tmp_path, *options, "--steps", 5, "--checkpoint_dir", checkpoints, "--save_every", 2)
+    assert [folder.name for folder in (checkpoints / "gradnorm").iterdir()] == ["step_000005"]
+    (checkpoints / "gradnorm" / "partial").mkdir()  # what a run killed while saving leaves
+    output, resumed = train(tmp_path, *options, "--steps", 9, "--checkpoint_dir", checkpoints, "--resume")
+    assert "resumed after 5 steps" in output
+    assert [folder.name for folder in (checkpoints / "gradnorm").iterdir()] == ["step_000009"]
+    for what in ("weights", "metrics", "history"):
+        assert resumed["runs"]["gradnorm"][what] == whole["runs"]["gradnorm"][what]
+
+
+def test_processes_that_do_not_know_of_each_other_stop_at_once(tmp_path):
+    start = time.monotonic()
+    code, output = launch("--output_dir", tmp_path)
+    assert code != 0
+    assert "2 processes were started, and each sees 1: they would train apart." in output
+    assert "--cpu" in output
+    assert not list(tmp_path.iterdir())
+    assert time.monotonic() - start < 60
+
+
+def test_an_unknown_method_is_named(tmp_path):
+    code, output = launch("--cpu", "--compare", "equal,gardnorm", "--output_dir", tmp_path)
+    assert code != 0
+    assert "gardnorm not among equal, gradnorm, cov" in output

@@ -1,0 +1,282 @@
+"""The adapter against TorchJD called by hand, and the traps of peers.md §3.3."""
+
+import copy
+import io
+import sys
+
+import pytest
+import torch
+import torchjd.aggregation as tj
+from torchjd.linalg import QuadprogProjector
+
+from accel_weighting.methods.algebra import mixed_seed
+from accel_weighting.methods.torchjd import TorchJDWeighting
+from accel_weighting.statistics import Statistics
+
+MAKE = {
+    "UPGrad": tj.UPGradWeighting,
+    "UPGrad, preferences": lambda: tj.UPGradWeighting(pref_vector=torch.tensor([1.0, 2.0, 1.0, 0.5])),
+    "DualProj": tj.DualProjWeighting,
+    "MGDA": tj.MGDAWeighting,
+    "PCGrad": tj.PCGradWeighting,
+    "GradVac": tj.GradVacWeighting,
+    "CAGrad": lambda: tj.CAGradWeighting(c=0.4),
+    "AlignedMTL": tj.AlignedMTLWeighting,
+    "IMTLG": tj.IMTLGWeighting,
+    "FairGrad": lambda: tj.FairGradWeighting(alpha=1.0),
+    "Krum": lambda: tj.KrumWeighting(n_byzantine=0),
+    "PCD": tj.PCDWeighting,
+    "Mean": tj.MeanWeighting,
+    "Random": tj.RandomWeighting,
+    "Constant": lambda: tj.ConstantWeighting(torch.tensor([1.0, 2.0, 3.0, 4.0])),
+    "CRMOGM of UPGrad": lambda: tj.CRMOGMWeighting(tj.UPGradWeighting()),
+    "CRMOGM of GradVac": lambda: tj.CRMOGMWeighting(tj.GradVacWeighting(), alpha=0.5),
+}
+STATEFUL = ["GradVac", "PCD", "CRMOGM of UPGrad", "CRMOGM of GradVac"]
+RANDOM = ["PCGrad", "GradVac", "Random", "CRMOGM of GradVac"]
+K = 4
+
+
+def gram(seed, K=K, rank=7):
+    J = torch.randn(K, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return J @ J.T
+
+
+def window(M, present=None):
+    present = torch.ones(len(M), dtype=torch.bool) if present is None else torch.tensor(present)
+    M = M * present * present[:, None]
+    return Statistics(torch.ones(len(M), dtype=torch.float64), present, norms=M.diagonal().sqrt(), gram=M)
+
+
+def start(method, K=K):
+    return method.init([f"task{k}" for k in range(K)])[1]
+
+
+def normalised(M):
+    return M / M.diagonal().mean()
+
+
+def float64(weighting):
+    """TorchJD keeps preferences in the dtype they came in, and multiplies them with a float64 matrix."""
+    for module in weighting.modules():
+        for key, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                vars(module)[key] = value.double()
+    return weighting
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_the_trajectory_is_torchjds(name):
+    method, theirs = TorchJDWeighting(MAKE[name](), seed=3), float64(MAKE[name]())
+    state = start(method)
+    for counter in range(1, 6):
+        M = gram(counter)
+        weights, state = method.update(state, window(M))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mixed_seed(3, counter))
+            expected = theirs(normalised(M)).double()
+        assert weights.dtype == torch.float64
+        torch.testing.assert_close(weights, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_update_is_pure_whatever_was_called_before(name):
+    used = MAKE[name]()
+    method = TorchJDWeighting(used)
+    state = start(method)
+    _, state = method.update(state, window(gram(1)))
+    before = {key: value.clone() for key, value in state.items()}
+    generator = torch.get_rng_state()
+    first, new = method.update(state, window(gram(2)))
+    assert torch.equal(torch.get_rng_state(), generator)  # the global generator is left alone
+    assert all(torch.equal(state[key], before[key]) for key in before)
+    assert {key: (v.shape, v.dtype) for key, v in new.items()} == {key: (v.shape, v.dtype) for key, v in state.items()}
+
+    float64(used)(gram(7))  # the user's own object
+    torch.rand(5)
+    method.update(start(method), window(gram(8)))
+    again, same = method.update(state, window(gram(2)))
+    assert torch.equal(again, first) and all(torch.equal(same[key], new[key]) for key in new)
+    other, _ = TorchJDWeighting(used).update(state, window(gram(2)))  # a used weighting starts anew
+    assert torch.equal(other, first)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_resumed_run_goes_on(name):
+    method = TorchJDWeighting(MAKE[name]())
+    state, weights = start(method), []
+    for seed in range(5):
+        if seed == 3:
+            file = io.BytesIO()
+            torch.save(state, file)
+            file.seek(0)
+            resumed = torch.load(file, weights_only=True)
+        w, state = method.update(state, window(gram(seed)))
+        weights.append(w)
+    method = TorchJDWeighting(MAKE[name]())
+    for seed in (3, 4):
+        w, resumed = method.update(resumed, window(gram(seed)))
+        assert torch.equal(w, weights[seed])
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_weightings_draw_anew_in_every_window_and_alike_everywhere(name):
+    method = TorchJDWeighting(MAKE[name]())
+    M = gram(5, rank=2)
+    torch.manual_seed(0)
+    one = method.update(start(method), window(M))
+    torch.manual_seed(1)
+    two = TorchJDWeighting(MAKE[name]()).update(start(method), window(M))
+    assert torch.equal(one[0], two[0])
+    assert any(not torch.equal(method.update(one[1], window(M))[0], one[0]) for _ in range(1)) or name == "PCGrad"
+    seeds = [TorchJDWeighting(MAKE[name](), seed=s).update(start(method), window(M))[0] for s in range(8)]
+    assert any(not torch.equal(seeds[0], other) for other in seeds[1:])
+
+
+@pytest.mark.parametrize("name", [name for name in MAKE if name not in STATEFUL])
+def test_absent_tasks_are_dropped_before_the_solver(name):
+    present = [True, False, True, True]
+    rows = torch.tensor(present)
+    method = TorchJDWeighting(MAKE[name]())
+    first, state = method.update(start(method), window(gram(1)))
+    weights, _ = method.update(state, window(gram(2), present))
+    assert torch.equal(weights[~rows], first[~rows])
+    theirs = float64(MAKE[name]())
+    if name == "Constant":
+        expected = torch.tensor([1.0, 3.0, 4.0], dtype=torch.float64)
+    elif name == "UPGrad, preferences":
+        expected = tj.UPGradWeighting(torch.tensor([1.0, 1.0, 0.5]).double())(normalised(gram(2)[rows][:, rows]))
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mixed_seed(0, 2))
+            expected = theirs(normalised(gram(2)[rows][:, rows])).double()
+    torch.testing.assert_close(weights[rows], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_an_absent_task_keeps_its_part_of_the_memory(name):
+    present = [True, False, True, True]
+    rows = torch.tensor(present)
+    method = TorchJDWeighting(MAKE[name]())
+    first, state = method.update(start(method), window(gram(1)))
+    weights, new = method.update(state, window(gram(2), present))
+    assert torch.equal(weights[~rows], first[~rows]) and weights.isfinite().all()
+    memory = [key for key in state if key.startswith("memory.")]
+    assert memory and bool(state["started"])
+    moved = False
+    for key in memory:
+        assert new[key].shape == state[key].shape
+        if new[key].ndim:
+            assert torch.equal(new[key][~rows], state[key][~rows])
+            moved |= not torch.equal(new[key], state[key])
+    assert moved
+
+
+def test_memory_of_the_present_tasks_moves_as_if_the_others_did_not_exist():
+    rows = torch.tensor([True, False, True, True])
+    method = TorchJDWeighting(tj.CRMOGMWeighting(tj.MeanWeighting(), alpha=0.75))
+    _, state = method.init(list("abcd"))
+    state = {**state, "started": torch.tensor(True), "memory._lambda": torch.arange(4.0).double()}
+    weights, new = method.update(state, window(gram(2), rows.tolist()))
+    torch.testing.assert_close(weights[rows], 0.75 * torch.tensor([0.0, 2.0, 3.0]).double() + 0.25 / 3)
+    assert torch.equal(new["memory._lambda"][rows], weights[rows]) and new["memory._lambda"][1] == 1
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_the_memory_begins_with_the_first_complete_window(name):
+    method = TorchJDWeighting(MAKE[name]())
+    weights, state = method.update(start(method), window(gram(1), [True, True, False, True]))
+    assert weights.isfinite().all() and not state["started"]
+    weights, later = method.update(state, window(gram(2)))
+    theirs = float64(MAKE[name]())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mixed_seed(0, 2))
+        torch.testing.assert_close(weights, theirs(normalised(gram(2))), rtol=1e-12, atol=1e-12)
+    assert later["started"]
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_window_without_tasks_changes_nothing_but_the_counter(name):
+    method = TorchJDWeighting(MAKE[name]())
+    first, state = method.update(start(method), window(gram(1)))
+    weights, new = method.update(state, window(gram(2), [False] * 4))
+    assert torch.equal(weights, first) and new["counter"] == state["counter"] + 1
+    assert all(torch.equal(new[key], state[key]) for key in state if key != "counter")
+
+
+@pytest.mark.parametrize("name", [name for name in MAKE if name not in ("UPGrad, preferences", "Constant")])
+def test_one_task_has_weight_one(name):
+    method = TorchJDWeighting(MAKE[name]())
+    weights, state = method.init(["only"])
+    assert weights.tolist() == [1.0]
+    assert method.update(state, window(gram(1, K=1)))[0].tolist() == [1.0]
+
+
+@pytest.mark.parametrize("name", [name for name in MAKE if name not in ("PCD", "GradVac", "CRMOGM of GradVac")])
+@pytest.mark.parametrize("scale", [1e-14, 1e14])
+def test_the_size_of_the_gradients_is_of_no_consequence(name, scale):
+    # By hand, `norm_eps` makes UPGrad the plain mean and CAGrad zero for gradients of 1e-7.
+    method = TorchJDWeighting(MAKE[name]())
+    M = gram(3, rank=3)
+    plain, scaled = (method.update(start(method), window(G))[0] for G in (M, M * scale))
+    torch.testing.assert_close(scaled, plain, rtol=1e-4, atol=1e-4)
+    assert scaled.abs().sum() > 0
+
+
+def test_no_gradient_at_all_means_orthonormal_gradients():
+    method = TorchJDWeighting(tj.CAGradWeighting(c=0.5))
+    initial, state = method.init(list("abc"))
+    torch.testing.assert_close(initial, torch.full((3,), 0.5).double(), rtol=1e-6, atol=0)
+    weights, _ = method.update(state, window(torch.zeros(3, 3).double()))
+    assert torch.equal(weights, initial)
+
+
+def test_initial_weights_may_be_given():
+    weights, state = TorchJDWeighting(tj.MeanWeighting()).init(["a", "b"], {"a": 0.2, "b": 0.8})
+    assert weights.tolist() == [0.2, 0.8] == state["weights"].tolist()
+
+
+class Broken(tj.MeanWeighting):
+    def forward(self, stat, /):
+        return torch.full((len(stat),), torch.nan if stat[0, 1] < 0 else 0.5)
+
+
+def test_an_answer_that_is_not_finite_leaves_the_weights_as_they_were():
+    method = TorchJDWeighting(Broken())
+    _, state = method.init(["a", "b"], {"a": 0.2, "b": 0.8})
+    conflict = torch.tensor([[1.0, -0.5], [-0.5, 1.0]]).double()
+    weights, state = method.update(state, window(conflict))
+    assert weights.tolist() == [0.2, 0.8]
+    assert method.update(state, window(conflict.abs()))[0].tolist() == [0.5, 0.5]
+
+
+def test_it_compares_by_the_settings_that_torchjds_repr_leaves_out():
+    one, same, other = (TorchJDWeighting(tj.CAGradWeighting(c=c)) for c in (0.4, 0.4, 0.5))
+    assert one == same and hash(one) == hash(same) and one != other and one != "CAGrad"
+    assert repr(one) == "TorchJDWeighting(CAGradWeighting(c=0.4, norm_eps=0.0001), seed=0)"
+    projector = QuadprogProjector(norm_eps=0, reg_eps=1e-9)
+    assert "reg_eps=1e-09" in repr(TorchJDWeighting(tj.UPGradWeighting(projector=projector)))
+    assert TorchJDWeighting(tj.UPGradWeighting()) != TorchJDWeighting(tj.UPGradWeighting(projector=projector))
+    assert TorchJDWeighting(tj.MeanWeighting()) != TorchJDWeighting(tj.MeanWeighting(), seed=1)
+    for make in MAKE.values():
+        method = TorchJDWeighting(make())
+        assert "0x" not in repr(method) and method == copy.deepcopy(method)
+        _, state = method.init(list("abcd"))
+        method.update(state, window(gram(1)))
+        assert repr(method) == repr(TorchJDWeighting(make()))
+
+
+def test_what_is_not_a_weighting_of_a_gramian_is_refused():
+    with pytest.raises(TypeError, match="such as `UPGradWeighting"):
+        TorchJDWeighting(tj.UPGrad())
+    for weighting in (tj.MoDoWeighting(), tj.SDMGradWeighting(), tj.ExcessMTLWeighting()):
+        with pytest.raises(ValueError, match="needs the Jacobian, or two batches"):
+            TorchJDWeighting(weighting)
+    with pytest.raises(ValueError, match="at least 3 rows"):
+        TorchJDWeighting(tj.KrumWeighting(n_byzantine=0)).init(["a", "b"])
+
+
+def test_without_torchjd_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchjd.aggregation", None)
+    with pytest.raises(ImportError, match=r"pip install accel_weighting\[torchjd\]"):
+        TorchJDWeighting(object())
