@@ -40,7 +40,7 @@ from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, Weighter, pl
 # To try another method, add a row. All of these keep the sum of the weights, so that learning rates stay comparable.
 METHODS = {
     "equal": EqualWeighting(),
-    "gradnorm": GradNorm(alpha=0.5),
+    "gradnorm": GradNorm(alpha=0.0),  # a squared error can fall further than a cross entropy: rates do not compare
     "cov": CoVWeighting(total="tasks"),
 }
 

@@ -3,7 +3,8 @@
 `run_ranks(fn, world, tmp_path, *args)` starts `world` processes that see each other through gloo, calls `fn(*args)`
 in each, and returns the list of what they returned, in rank order. Anything else is a `RanksFailed` that says which
 process raised, was killed, or still waits (and at which line). `accelerator_for(engine)` makes, inside such a process,
-an `Accelerator` for plain PyTorch, DDP, FSDP1 or FSDP2, as often as one likes: one launch can loop over many cells.
+an `Accelerator` for plain PyTorch, DDP, FSDP1, FSDP2, HSDP or DeepSpeed, as often as one likes: one launch can loop
+over many cells.
 """
 
 from __future__ import annotations
@@ -206,20 +207,35 @@ def _announce(rank: int, world: int) -> None:
     os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
+Engine = Literal["plain", "ddp", "fsdp1", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3"]
+
+
 def accelerator_for(
-    engine: Literal["plain", "ddp", "fsdp1", "fsdp2"], *, fsdp: dict[str, Any] | None = None, **kwargs: Any
+    engine: Engine,
+    *,
+    ddp: dict[str, Any] | None = None,
+    fsdp: dict[str, Any] | None = None,
+    mesh: dict[str, int] | None = None,
+    zero: dict[str, Any] | None = None,
+    loss_scale: float | None = None,
+    **kwargs: Any,
 ) -> Accelerator:
     """A fresh CPU `Accelerator` for an engine, whatever the one before it in this process was.
 
     Args:
         engine: `"plain"` is one process without a process group. The others run with any number of processes, one
-            included: a group of one process is made then.
+            included: a group of one process is made then. `"hsdp"` is FSDP2 on a mesh of two replicas.
+        ddp: Options for `DistributedDataParallelKwargs`, for example `static_graph`.
         fsdp: More options for `FullyShardedDataParallelPlugin`, for example `transformer_cls_names_to_wrap`.
+        mesh: Sizes for `ParallelismConfig`, for example `{"tp_size": 2, "dp_shard_size": 2}`; for FSDP2.
+        zero: More options for DeepSpeed's section `zero_optimization`.
+        loss_scale: Where the loss scale of fp16 starts. Accelerate makes no scaler and no autocast for fp16 on a CPU;
+            with this both are put in, and behave as they do on a GPU.
         **kwargs: Passed on to `Accelerator`, for example `gradient_accumulation_steps`.
     """
-    from accelerate import Accelerator, PartialState
+    from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedDataParallelKwargs
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -237,15 +253,48 @@ def accelerator_for(
         _announce(0, 1)
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
+    if engine.startswith("zero"):
+        return _deepspeed(int(engine[-1]), zero or {}, **kwargs)
     if engine in ("plain", "ddp"):
-        return Accelerator(cpu=True, **kwargs)
+        handlers = [DistributedDataParallelKwargs(**ddp)] if ddp else []
+        accelerator = Accelerator(cpu=True, kwargs_handlers=handlers, **kwargs)
+    else:
+        mesh = mesh or ({"dp_replicate_size": 2, "dp_shard_size": dist.get_world_size() // 2} if engine == "hsdp" else {})
+        accelerator = _fsdp(1 if engine == "fsdp1" else 2, fsdp or {}, mesh, **kwargs)
+    if loss_scale is not None:
+        from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler  # noqa: TID251  FSDP1's own
+
+        scaler = ShardedGradScaler if engine == "fsdp1" else torch.amp.GradScaler
+        accelerator.scaler = scaler("cpu", init_scale=loss_scale)
+        accelerator.native_amp = True
+    return accelerator
+
+
+def _fsdp(version: int, options: dict[str, Any], mesh: dict[str, int], **kwargs: Any) -> Accelerator:
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
 
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # FSDP1 tells "cpu" from "cpu:0"
     # Accelerate offers FSDP to accelerators only. This type is its one gate; the device stays the CPU.
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    options = {"auto_wrap_policy": "transformer_based_wrap", "state_dict_type": "SHARDED_STATE_DICT"}
+    options = {"auto_wrap_policy": "transformer_based_wrap", "state_dict_type": "SHARDED_STATE_DICT", **options}
     # Without the original parameters, FSDP1 leaves an optimizer that was made before `prepare` nothing to move.
-    options |= {"cpu_ram_efficient_loading": False, "use_orig_params": True, **(fsdp or {})}
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=int(engine[-1]), **options)
-    return Accelerator(fsdp_plugin=plugin, **kwargs)
+    options = {"cpu_ram_efficient_loading": False, "use_orig_params": True, **options}
+    if mesh:
+        kwargs["parallelism_config"] = ParallelismConfig(**mesh)
+    return Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=version, **options), **kwargs)
+
+
+def _deepspeed(stage: int, zero: dict[str, Any], **kwargs: Any) -> Accelerator:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}  # before its first import
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+
+    # A clipping of 0 is taken for none given, and ends in clipping at 1.
+    steps = kwargs.get("gradient_accumulation_steps", 1)
+    plugin = DeepSpeedPlugin(zero_stage=stage, gradient_accumulation_steps=steps, gradient_clipping=1e9)
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # no dataloader goes through `prepare`
+    plugin.deepspeed_config["zero_optimization"] |= zero
+    gloo = InitProcessGroupKwargs(backend="gloo")
+    return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[gloo], **kwargs)

@@ -7,6 +7,7 @@ equal blocks, must give the same statistics and weights wherever they run.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +15,25 @@ from typing import Any
 import torch
 import torch.distributed as dist  # noqa: TID251  counts the collectives
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from accel_weighting import Method, Weighter
 from tests.ranks import accelerator_for
 
 ROWS = 36  # divides into 1, 2, 3, 4, 6, 9 equal blocks
 WIDTH = 5
+
+
+class Overflow(torch.autograd.Function):
+    """Nothing forward, an infinite gradient backward: an overflow of the half-precision gradient at this place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return torch.full_like(g, torch.inf)
 
 
 class Block(nn.Module):
@@ -37,29 +51,45 @@ class Head(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner, self.outer = nn.Linear(WIDTH, 4), nn.Linear(4, 1)
+        self.overflows = False
 
     def forward(self, z: Tensor) -> Tensor:
+        if self.overflows:
+            z = Overflow.apply(z)
         return self.outer(torch.tanh(self.inner(z))).squeeze(-1)
 
 
 class Net(nn.Module):
-    """A shared trunk, whose last layer is `shared`, and one head per task."""
+    """A shared trunk, whose last layer is `shared`, and one head per task; `checkpoint` as in `Cell`."""
 
-    def __init__(self, tasks: Sequence[str]) -> None:
+    def __init__(self, tasks: Sequence[str], checkpoint: str = "") -> None:
         super().__init__()
         self.embed = nn.Linear(6, 8)
         self.blocks = nn.ModuleList([Block(), Block()])
         self.shared = nn.Linear(8, WIDTH)
         self.heads = nn.ModuleDict({task: Head() for task in tasks})
         self.branch: Callable[[Tensor], dict[str, Tensor]] | None = None
+        self.checkpoint = checkpoint
+        self.overflows = False
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = self.embed(x)
+        if self.overflows:
+            x = Overflow.apply(x)
         for block in self.blocks:
-            x = block(x)
+            x = self.run(block, x) if self.checkpoint else block(x)
+        outputs = self.run(self.top, x) if self.checkpoint.startswith("join") else self.top(x)
+        return dict(zip(self.heads, outputs, strict=True))
+
+    def top(self, x: Tensor) -> tuple[Tensor, ...]:
+        """From the trunk's last layer to the heads' outputs: the join is in here."""
         z = self.shared(x)
         zs = dict.fromkeys(self.heads, z) if self.branch is None else self.branch(z)
-        return {task: head(zs[task]) for task, head in self.heads.items()}
+        return tuple(head(zs[task]) for task, head in self.heads.items())
+
+    def run(self, part: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """Recomputed in the backward."""
+        return checkpoint(part, x, use_reentrant=self.checkpoint.endswith("reentrant"))
 
 
 @dataclass(frozen=True)
@@ -67,6 +97,7 @@ class Cell:
     """One training run.
 
     Attributes:
+        method: None: no weighter at all, and the plain sum of the losses: the control.
         route: How the shared representation is found: "heads" (modules), "names" (dotted), "branch" (called in the
             forward), "shared_layer" (heads, and gradients at the shared Linear's weight).
         sizes: Rows of every block of a step, over all processes; None: equal blocks.
@@ -74,9 +105,17 @@ class Cell:
         absent: Which tasks are not in which block: `(step, block, task)`, or `(None, block, task)` for every step.
         absence: "zero": said by a count of 0. "leave": left out of the losses.
         early: Whether the weighter is built before `prepare`.
+        fsdp_heads: Whether the heads are FSDP units of their own.
+        options: Of the weighter.
+        setup: Options of `accelerator_for`, for example `mixed_precision`.
+        checkpoint: Activation checkpointing: "trunk" (the blocks), "join" (also all from `shared` to the heads), either
+            followed by " reentrant" for torch's older kind, or "".
+        size: A factor on all losses.
+        overflow: Scripted infinities: `(step, block, where)`, where "loss" (the last task's), "tap" (the last task's
+            gradient at the shared representation) or "parameters" (gradients of the embedding alone).
     """
 
-    method: Method
+    method: Method | None
     tasks: int = 3
     micro: int = 1
     route: str = "heads"
@@ -90,6 +129,10 @@ class Cell:
     early: bool = False
     fsdp_heads: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    setup: dict[str, Any] = field(default_factory=dict)
+    checkpoint: str = ""
+    size: float = 1.0
+    overflow: tuple[tuple[int, int, str], ...] = ()
 
 
 @dataclass
@@ -108,6 +151,7 @@ class Run:
     collectives: int
     parameters: dict[str, Tensor]
     state: dict[str, Tensor]
+    skipped: list[bool] = field(default_factory=list)
 
 
 def names(tasks: int) -> list[str]:
@@ -131,10 +175,11 @@ def task_losses(outputs: dict[str, Tensor], y: Tensor) -> dict[str, Tensor]:
 
 def net(cell: Cell) -> Net:
     torch.manual_seed(0)
-    return Net(names(cell.tasks)).double().to(cell.dtype)  # drawn in one precision, so that all runs start alike
+    return Net(names(cell.tasks), cell.checkpoint).double().to(cell.dtype)  # drawn in one precision, so that all runs start alike
 
 
 def weighter_for(cell: Cell, model: nn.Module, inner: Net, accelerator: Any) -> Weighter:
+    assert cell.method is not None
     routes: dict[str, dict[str, Any]] = {
         "heads": {"heads": dict(inner.heads)},
         "names": {"heads": {task: f"heads.{task}" for task in inner.heads}, "model": model},
@@ -155,40 +200,62 @@ def cut(cell: Cell, blocks: int) -> list[slice]:
     return [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 
+def setup(engine: str, cell: Cell) -> Any:
+    """The accelerator of a cell."""
+    options = {"gradient_accumulation_steps": cell.micro, **cell.setup}
+    if engine in ("fsdp1", "fsdp2", "hsdp"):
+        units = ["Block", "Head"] if cell.fsdp_heads else ["Block"]
+        options["fsdp"] = {"transformer_cls_names_to_wrap": units, **options.get("fsdp", {})}
+    return accelerator_for(engine, **options)  # type: ignore[arg-type]
+
+
 def train(engine: str, cell: Cell) -> Run:
     """Runs a cell on the processes that are there; this process takes its share of every step's blocks."""
-    units = ["Block", "Head"] if cell.fsdp_heads else ["Block"]
-    fsdp = {"transformer_cls_names_to_wrap": units} if engine.startswith("fsdp") else None
-    accelerator = accelerator_for(engine, gradient_accumulation_steps=cell.micro, fsdp=fsdp)
+    accelerator = setup(engine, cell)
     world, rank = accelerator.num_processes, accelerator.process_index
     inner = net(cell)
     optimizer = torch.optim.SGD(inner.parameters(), lr=cell.lr)
     model: Any = inner
+    weighter = None
     if cell.early:
         weighter = weighter_for(cell, inner, inner, accelerator)
-        model, optimizer = accelerator.prepare(model, optimizer)
-    else:
-        model, optimizer = accelerator.prepare(model, optimizer)
-        weighter = weighter_for(cell, model, accelerator.unwrap_model(model), accelerator)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    inner = accelerator.unwrap_model(model, keep_torch_compile=False)
+    if cell.method is not None and not cell.early:
+        weighter = weighter_for(cell, model, inner, accelerator)
     run = Run(world, accelerator.distributed_type.value, [], [], [], [], [], [], set(), 0, {}, {})
     count = CountCollectives()
     slices = cut(cell, world * cell.micro)
     for step in range(cell.steps):
         x, y = batch(step, cell.tasks, cell.dtype)
+        if engine.startswith("zero"):  # the one engine that leaves the inputs as they are
+            x = x.to(inner.embed.weight.dtype)
         for b in range(rank * cell.micro, (rank + 1) * cell.micro):
             gone = {task for s, block, task in cell.absent if s in (None, step) and block == b}
+            places = {where for s, block, where in cell.overflow if (s, block) == (step, b)}
+            inner.overflows = "parameters" in places
+            inner.heads[names(cell.tasks)[-1]].overflows = "tap" in places
             rows = slices[b]
             with accelerator.accumulate(model):
                 losses = task_losses(model(x[rows]), y[rows])
+                losses = {task: cell.size * loss for task, loss in losses.items()} if cell.size != 1 else losses
+                if "loss" in places:
+                    losses[names(cell.tasks)[-1]] = losses[names(cell.tasks)[-1]] * torch.inf
                 items: dict[str, int] | int | None = (rows.stop - rows.start) if cell.counts else None
                 if gone and cell.absence == "zero":
                     items = {**(dict.fromkeys(losses, items) if cell.counts else {}), **dict.fromkeys(gone, 0)}
                 elif gone:
                     losses = {task: loss for task, loss in losses.items() if task not in gone}
-                with count:
-                    weighter.backward(losses, num_items=items)
+                if weighter is None:
+                    accelerator.backward(torch.stack(list(losses.values())).sum())
+                else:
+                    with count:
+                        weighter.backward(losses, num_items=items)
                 optimizer.step()
                 optimizer.zero_grad()
+        run.skipped.append(accelerator.optimizer_step_was_skipped)
+        if weighter is None:
+            continue
         statistics = weighter.statistics
         run.weights.append(torch.tensor(list(weighter.weights.values()), dtype=torch.float64))
         if statistics is None:
@@ -200,15 +267,27 @@ def train(engine: str, cell: Cell) -> Run:
         run.gram.append(statistics.gram)
         run.micro_batches.append(statistics.micro_batches)
     run.collectives = count.calls
-    run.parameters = full_parameters(accelerator.unwrap_model(model))
-    run.state = weighter.state_dict()["state"]
-    weighter.detach()
+    run.parameters = full_parameters(accelerator.unwrap_model(model, keep_torch_compile=False), model)
+    if weighter is not None:
+        run.state = weighter.state_dict()["state"]
+        weighter.detach()
     return run
 
 
-def full_parameters(model: nn.Module) -> dict[str, Tensor]:
-    full = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
-    return {name: p.detach().clone() for name, p in full.items()}
+def full_parameters(inner: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """All parameters whole, whatever an engine made of them, under the names that the model gave them."""
+    from torch.distributed.fsdp import FullyShardedDataParallel  # noqa: TID251  gathers its own shards
+
+    whole: Any = contextlib.nullcontext()
+    if isinstance(model, FullyShardedDataParallel):
+        whole = FullyShardedDataParallel.summon_full_params(model, writeback=False)
+    elif any(hasattr(p, "ds_id") for p in inner.parameters()):
+        from deepspeed.zero import GatheredParameters
+
+        whole = GatheredParameters(list(inner.parameters()))
+    with whole:
+        full = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in inner.named_parameters()}
+        return {name.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for name, p in full.items()}
 
 
 def train_all(engine: str, cells: Sequence[Cell]) -> list[Run]:

@@ -85,22 +85,24 @@ class TorchJDWeighting(Method):
     ) -> tuple[Tensor, State]:
         """The answer for orthonormal gradients unless ``initial_weights`` are given; the memory is still empty."""
         K = len(tasks)
-        weights, memory = self._call(torch.eye(K, dtype=torch.float64), {}, 0)
+        M, rows = torch.eye(K, dtype=torch.float64), torch.arange(K)
+        weights, _ = self._call(M, rows, K, {}, 0)
+        _, after = self._call(M * (1 + rows / K) - 0.5 / K, rows, K, {}, 0)  # tasks with nothing in common but conflict
         if initial_weights is not None or not weights.isfinite().all():
             weights = initial_vector(tasks, initial_weights)
-        empty = {f"memory.{key}": torch.zeros_like(value) for key, value in memory.items()}
+        fresh = _tensors(self.weighting)
+        changed = {key: v for key, v in after.items() if key not in fresh or not torch.equal(v, fresh[key])}
+        empty = {f"memory.{key}": torch.zeros_like(value) for key, value in changed.items()}
         return weights, {"weights": weights, "counter": torch.tensor(1), "started": torch.tensor(False), **empty}
 
     def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
         """Calls a copy of the weighting that remembers what the state says."""
         K, rows, started = len(statistics.present), statistics.present.nonzero()[:, 0], bool(state["started"])
         old = {key.removeprefix("memory."): value for key, value in state.items() if key.startswith("memory.")}
-        index = {key: _index(value, K, rows) for key, value in old.items()}
         new: State = {}
 
         def solve(M: Tensor) -> Tensor:
-            before = {key: value[index[key]].clone() for key, value in old.items()} if started else {}
-            weights, after = self._call(M, before, int(state["counter"]))
+            weights, after = self._call(M, rows, K, old if started else {}, int(state["counter"]))
             new.update(after)
             return weights
 
@@ -109,27 +111,26 @@ class TorchJDWeighting(Method):
         if not weights.isfinite().all():
             return state["weights"].clone(), next_state
         if new and (started or statistics.present.all()):
-            for key, value in new.items():
-                kept = old[key].clone()
-                kept[index[key]] = value
+            for key, value in old.items():
+                kept = value.clone()
+                kept[_index(kept, K, rows)] = new[key]
                 next_state[f"memory.{key}"] = kept
             next_state["started"] = torch.tensor(True)
         return weights, {**next_state, "weights": weights}
 
-    def _call(self, M: Tensor, memory: State, counter: int) -> tuple[Tensor, State]:
-        """Weights for ``M``, and what a call changes in a weighting that remembers ``memory``."""
+    def _call(self, M: Tensor, rows: Tensor, K: int, memory: State, counter: int) -> tuple[Tensor, State]:
+        """Weights for ``M`` of the tasks ``rows`` out of K by a weighting with ``memory``, and its tensors then."""
         if len(M) == 1:
             return torch.ones(1, dtype=torch.float64), {}
         weighting = copy.deepcopy(self.weighting)
+        _restore(weighting, _part(_tensors(weighting), K, rows))  # preferences, for example
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             if memory:
                 weighting(M)  # for what is not a tensor: TorchJD notes the number of tasks, to start anew on another
-                _restore(weighting, memory)
+                _restore(weighting, _part(memory, K, rows))
             torch.default_generator.manual_seed(mixed_seed(self.seed, counter))
             weights = weighting(M).to(torch.float64)
-        fresh, after = _tensors(self.weighting), _tensors(weighting)
-        changed = {k: v for k, v in after.items() if k in memory or k not in fresh or not torch.equal(v, fresh[k])}
-        return weights, changed
+        return weights, _tensors(weighting)
 
 
 def _tensors(weighting: nn.Module) -> State:
@@ -147,6 +148,10 @@ def _restore(weighting: nn.Module, tensors: State) -> None:
         path, _, key = name.rpartition(".")
         module = weighting.get_submodule(path)
         (module._buffers if key in module._buffers else vars(module))[key] = value
+
+
+def _part(tensors: State, K: int, rows: Tensor) -> State:
+    return {key: value[_index(value, K, rows)].clone() for key, value in tensors.items()}
 
 
 def _index(value: Tensor, K: int, rows: Tensor) -> tuple[Tensor, ...]:

@@ -43,8 +43,8 @@ class _Wrapper(Method):
         return self.method.acts_on
 
     @property
-    def keeps_sum(self) -> bool:
-        return getattr(self.method, "keeps_sum", False)
+    def keeps_sum(self) -> bool:  # type: ignore[override]
+        return self.method.keeps_sum
 
     def __getattr__(self, name: str) -> Any:
         """What else the inner method offers; its functions (``widen``) take the state first, and get their part."""
@@ -67,8 +67,19 @@ class _Wrapper(Method):
         w, inner = self.method.init(tasks, initial_weights)
         return w, {"weights": w, "updates": torch.tensor(0)} | _prefixed(inner)
 
-    def _next(self, state: State, weights: Tensor, inner: State) -> tuple[Tensor, State]:
-        return weights, {"weights": weights, "updates": state["updates"] + 1} | _prefixed(inner)
+    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+        """The method's update, and its weights as this wrapper changes them."""
+        w, inner = self.method.update(_inner(state), statistics)
+        w = self._changed(state, w, statistics.present)
+        return w, {"weights": w, "updates": state["updates"] + 1} | _prefixed(inner)
+
+    def weigh(self, state: State, statistics: Statistics) -> Tensor:
+        """The method's weights for these very statistics, as this wrapper changes them."""
+        return self._changed(state, self.method.weigh(_inner(state), statistics), statistics.present)
+
+    def _changed(self, state: State, w: Tensor, present: Tensor) -> Tensor:
+        """The method's new weights ``w``, changed; ``state`` is the one before the update."""
+        raise NotImplementedError
 
     def _keep_absent(self, old: Tensor, new: Tensor, present: Tensor) -> Tensor:
         """Absent tasks keep the weight they had *here*, which need not be the inner method's."""
@@ -100,12 +111,9 @@ class Smooth(_Wrapper):
         if not 0 <= self.decay < 1:
             raise ValueError(f"Parameter `decay` must be at least 0 and less than 1. Found `decay = {self.decay!r}`.")
 
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
-        """One step of the average."""
+    def _changed(self, state: State, w: Tensor, present: Tensor) -> Tensor:
         old = state["weights"]
-        new, inner = self.method.update(_inner(state), statistics)
-        new = self.decay * old + (1 - self.decay) * new
-        return self._next(state, self._keep_absent(old, new, statistics.present), inner)
+        return self._keep_absent(old, self.decay * old + (1 - self.decay) * w, present)
 
 
 @dataclass(frozen=True)
@@ -153,12 +161,10 @@ class Clamp(_Wrapper):
         state["weights"] = self._clip(w)
         return state["weights"], state
 
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
-        """The method's weights, clipped."""
-        new, inner = self.method.update(_inner(state), statistics)
-        weights = self._keep_absent(state["weights"], new, statistics.present).clone()
-        weights[statistics.present] = self._clip(weights[statistics.present])
-        return self._next(state, weights, inner)
+    def _changed(self, state: State, w: Tensor, present: Tensor) -> Tensor:
+        w = self._keep_absent(state["weights"], w, present).clone()
+        w[present] = self._clip(w[present])
+        return w
 
     def _clip(self, w: Tensor) -> Tensor:
         x, total, free = w.clamp(min=FLOOR), w.sum(), torch.ones_like(w, dtype=torch.bool)
@@ -197,13 +203,9 @@ class Warmup(_Wrapper):
         if not self.steps >= 0:
             raise ValueError(f"Parameter `steps` must be at least 0. Found `steps = {self.steps!r}`.")
 
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
-        """The initial weights, or the method's."""
+    def _changed(self, state: State, w: Tensor, present: Tensor) -> Tensor:
         old = state["weights"]
-        new, inner = self.method.update(_inner(state), statistics)
-        if state["updates"] < self.steps:
-            return self._next(state, old, inner)
-        return self._next(state, self._keep_absent(old, new, statistics.present), inner)
+        return old if state["updates"] < self.steps else self._keep_absent(old, w, present)
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,14 @@ class Every(_Wrapper):
             raise ValueError(f"Parameter `steps` must be at least 1. Found `steps = {self.steps!r}`.")
 
     def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
-        """The method's weights, new or held."""
+        """The method's update, or none."""
         if state["updates"] % self.steps:
-            return self._next(state, state["weights"], _inner(state))
-        return self._next(state, *self.method.update(_inner(state), statistics))
+            return state["weights"], state | {"updates": state["updates"] + 1}
+        return super().update(state, statistics)
+
+    def weigh(self, state: State, statistics: Statistics) -> Tensor:
+        """The method's weights for these very statistics, or those of its last update."""
+        return state["weights"] if state["updates"] % self.steps else super().weigh(state, statistics)
+
+    def _changed(self, state: State, w: Tensor, present: Tensor) -> Tensor:
+        return w

@@ -225,4 +225,4 @@ def test_units_of_the_gradients_do_not_matter(row, run, exponent):
 @rows("total")
 def test_a_sum_that_is_kept_is_declared(row):
     """Wrappers read it, to know whether the present tasks share what the absent ones leave."""
-    assert getattr(row.build(["a"]), "keeps_sum", False)
+    assert row.build(["a"]).keeps_sum

@@ -150,7 +150,8 @@ def test_absent_tasks_are_dropped_before_the_solver(name):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mixed_seed(0, 2))
             expected = theirs(normalised(gram(2)[rows][:, rows])).double()
-    torch.testing.assert_close(weights[rows], expected, rtol=1e-12, atol=1e-12)
+    tolerance = 1e-5 if name == "CAGrad" else 1e-12  # its solver turns the last bit of its input into 1e-8
+    torch.testing.assert_close(weights[rows], expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", STATEFUL)
@@ -239,6 +240,32 @@ def test_initial_weights_may_be_given():
 class Broken(tj.MeanWeighting):
     def forward(self, stat, /):
         return torch.full((len(stat),), torch.nan if stat[0, 1] < 0 else 0.5)
+
+
+class Counting(tj.MeanWeighting):
+    """A weighting of the user's own, with a buffer and a plain tensor that conflicts alone change."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("conflicts", torch.zeros(3))
+        self.total = torch.tensor(0)
+
+    def forward(self, stat, /):
+        self.conflicts = self.conflicts + (stat < 0).sum(0)
+        self.total = self.total + 1
+        return self.conflicts * self.total
+
+
+def test_tensors_of_any_kind_are_remembered():
+    method = TorchJDWeighting(Counting())
+    _, state = method.init(list("abc"))
+    conflict = torch.tensor([[1.0, -0.5, 0.5], [-0.5, 1.0, 0.5], [0.5, 0.5, 1.0]]).double()
+    _, state = method.update(state, window(torch.eye(3).double()))
+    assert state["memory.conflicts"].tolist() == [0, 0, 0]
+    weights, state = method.update(state, window(conflict))
+    assert weights.tolist() == [2, 2, 0]
+    weights, state = method.update(state, window(conflict, [True, True, False]))
+    assert weights.tolist() == [6, 6, 0] and state["memory.conflicts"].tolist() == [2, 2, 0]
 
 
 def test_an_answer_that_is_not_finite_leaves_the_weights_as_they_were():

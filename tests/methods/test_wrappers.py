@@ -192,6 +192,29 @@ def test_widen_reaches_the_inner_state():
 
 
 @pytest.mark.parametrize("method", WRAPPED, ids=repr)
+def test_weigh_is_the_update_without_its_state(method):
+    _, state = method.init(TASKS)
+    for statistics in windows(10, absent=0.3):
+        now = method.weigh(state, statistics)
+        w, state = method.update(state, statistics)
+        assert torch.equal(now, w)
+
+
+def test_weigh_asks_no_more_of_the_method_than_weigh():
+    """At lag=0 it is called before the statistics that ``update`` reads are there."""
+
+    class Now(Scripted):
+        def weigh(self, state, statistics):
+            return torch.tensor([2.0, 2.0, 2.0], dtype=torch.float64)
+
+        def update(self, state, statistics):
+            raise AssertionError
+
+    method = Every(Warmup(Clamp(Smooth(Now(((1.0, 1.0, 1.0),)), 0.5), 0.1, 9.0), 0), 2)
+    assert method.weigh(method.init(TASKS[:3])[1], THREE).tolist() == [1.5, 1.5, 1.5]
+
+
+@pytest.mark.parametrize("method", WRAPPED, ids=repr)
 def test_they_are_values(method):
     assert method == copy.deepcopy(method) == pickle.loads(pickle.dumps(method))
     assert hash(method) == hash(copy.copy(method))

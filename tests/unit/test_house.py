@@ -1,0 +1,94 @@
+"""What must not grow unnoticed: the public names, who imports whom, and what the core needs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import accel_weighting
+
+PACKAGE = Path(accel_weighting.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# module → what it may import of this package; imports run one way
+MAY = {
+    "statistics": set(),
+    "methods": {"statistics", "methods"},
+    "checks": set(),
+    "window": {"statistics"},
+    "branch": {"checks"},
+    "record": {"statistics"},
+    "plot": set(),
+    "fold": {"branch", "checks"},
+    "processes": {"checks", "window"},
+    "weighter": {"branch", "checks", "fold", "processes", "record", "statistics", "window"},
+    "integrations": {"statistics", "checks", "weighter", "integrations"},
+    "selfcheck": {"methods", "processes", "statistics", "weighter"},
+    "__init__": {"methods", "plot", "statistics", "weighter"},
+}
+
+
+def unit(path: Path) -> str:
+    """The first part of a module's name inside the package."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of all modules that a file imports, anywhere in it."""
+    here = ("accel_weighting", *path.relative_to(PACKAGE).with_suffix("").parts)
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(here[: -node.level]) + "." if node.level else ""
+            module = base + (node.module or "")
+            names |= {f"{module.rstrip('.')}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_there_are_modules() -> None:
+    assert len(FILES) > 20
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path: Path) -> None:
+    names = imported(path)
+    ours = {name.split(".")[1] for name in names if name.startswith("accel_weighting.")}
+    ours -= {unit(path)}
+    assert ours <= MAY[unit(path)], f"{path.name} must not import {ours - MAY[unit(path)]}"
+    outside = {name for name in names if not name.startswith("accel_weighting")}
+    assert unit(path) in ("processes", "selfcheck") or not any(n.startswith("torch.distributed") for n in outside)
+    allowed = ("weighter", "processes", "selfcheck", "integrations")
+    assert unit(path) in allowed or not any(n.split(".")[0] == "accelerate" for n in outside)
+    assert not any(n.startswith("torch.autograd") for n in outside) or unit(path) == "branch"
+
+
+def test_the_core_imports_with_the_core_dependencies_alone() -> None:
+    """Nothing optional is imported until it is used."""
+    optional = ["matplotlib", "transformers", "torchjd", "deepspeed", "sklearn", "datasets", "peft"]
+    code = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({optional!r}))\n"  # None makes an import fail
+        "import accel_weighting, accel_weighting.weighter\n"
+        "weighter = accel_weighting.Weighter(accel_weighting.GradNorm(), ['a', 'b'])\n"
+        "print(weighter.weights)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "{'a': 1.0, 'b': 1.0}", done.stderr
+
+
+def test_public_names() -> None:
+    assert sorted(accel_weighting.__all__) == sorted(
+        """AlignedMTL CAGrad Clamp CoVWeighting ConFIG DynamicWeightAverage EqualWeighting Every FAMO GeometricLoss
+        GradNorm GradientBalancer IMTLG IMTLL MGDA Method NashMTL PCGrad RandomLossWeighting ReLoBRaLo RotoGrad
+        RotoGradNorm ScaleInvariant Smooth SmoothTchebycheff SoftAdapt State StaticWeighting Statistics
+        TorchJDWeighting UncertaintyWeighting Warmup Weighter plot_history""".split()
+    )
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    for name in set(accel_weighting.__all__) - {"State"}:
+        assert (getattr(accel_weighting, name).__doc__ or "").strip(), name
