@@ -116,7 +116,8 @@ class Block:
         decide: Gives ``shared_weights`` from the Gram matrix of this very backward (``lag=0``), or None.
         record: Whether the statistics take it in.
         factors: ``c``, ``[K]``, once the backward has begun.
-        arrived: Tasks whose gradient came to a join.
+        arrived: Tasks whose gradient came to a join, in this micro-batch or an earlier one of the window.
+        met: Whether gradients have met in this very backward.
     """
 
     present: frozenset[int]
@@ -126,6 +127,7 @@ class Block:
     record: bool = True
     factors: Tensor | None = None
     arrived: set[int] = field(default_factory=set)
+    met: bool = False
 
 
 @dataclass(frozen=True)
@@ -352,9 +354,10 @@ class Branch:
         if block is None:
             return None
         arrived = {k for k, g in enumerate(gradients) if g is not None} & block.present
-        if block.decide is not None and block.arrived:
+        if block.decide is not None and block.met:
             raise checks.second_join_of_a_step()
         block.arrived |= arrived
+        block.met |= bool(arrived)
         if arrived and (block.record or block.decide is not None):
             self._measure(block, [g if k in arrived else None for k, g in enumerate(gradients)], inputs, mask)
         if block.shared_weights is None:

@@ -467,3 +467,50 @@ def warn_saved_inside_window(blocks: int) -> None:
 def finite_weights(weights: Tensor, method: str) -> None:
     """An assertion about ourselves: a method gave finite weights."""
     assert torch.isfinite(weights).all(), f"{method} gave weights that are not finite: {weights.tolist()}"
+
+
+# ---- integrations ------------------------------------------------------------------------------------------------
+
+
+def trainer_without_tasks() -> ValueError:
+    """A Trainer that knows no task."""
+    return ValueError("Give `tasks` (their names), or `heads` ({task: dotted name in the model}), or both.")
+
+
+def model_without_losses(outputs: Any) -> ValueError:
+    """A model in a Trainer that gives no losses."""
+    found = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+    return ValueError(
+        "The model must return a dictionary `losses`, {task: scalar}, among its outputs, or `compute_losses(model, "
+        f"inputs, return_outputs=False)` must be overridden. Found outputs {found}."
+    )
+
+
+def trainer(trainer: Any, has_group: bool) -> None:
+    """What a transformers Trainer was asked for that cannot go with weighting."""
+    args, parallelism = trainer.args, getattr(trainer.accelerator, "parallelism_config", None)
+    if args.label_smoothing_factor:
+        raise ValueError(
+            "Trainer's label smoothing makes one loss of `labels`, and weighting needs one loss per task: leave "
+            "`label_smoothing_factor` at 0 and smooth where the loss is made, e.g. F.cross_entropy(label_smoothing=…). "
+            f"Found `label_smoothing_factor = {args.label_smoothing_factor}`."
+        )
+    if trainer.compute_loss_func is not None:
+        raise ValueError(
+            "`compute_loss_func` gives one loss, and weighting needs one per task: leave it out and override "
+            "`compute_losses(model, inputs, return_outputs=False)`."
+        )
+    if args.n_gpu > 1:
+        raise NotImplementedError(
+            f"torch's DataParallel would divide every batch over {args.n_gpu} GPUs of this one process, where the "
+            "gradients of a task cannot be told apart: start one process per GPU, with `accelerate launch` or torchrun."
+        )
+    if parallelism is not None and getattr(parallelism, "sp_enabled", False):
+        raise NotImplementedError(
+            "Sequence parallelism computes one loss inside the Trainer; weighting needs one per task."
+        )
+    if getattr(trainer, "is_distributed_loading_by_transformers", False) and not has_group:
+        raise NotImplementedError(
+            "The model was sharded by transformers itself, so that Accelerate does not know its data-parallel group: "
+            "name it in `weighter_options={'process_group': …}`."
+        )

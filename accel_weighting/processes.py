@@ -162,6 +162,7 @@ class Processes:
         """Every process's ``item``; only on the way to an error that all processes raise together."""
         if self.world == 1:
             return [item]
+        self._first = True  # those who disagree may send vectors of different lengths again
         items: list[Any] = [None] * self.world
         dist.all_gather_object(items, item, group=self.group)
         return items

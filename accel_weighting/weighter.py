@@ -381,16 +381,7 @@ class Weighter:
             return
         (reduction, step), self._pending = self._pending, None
         header, payload, moments = reduction.wait()
-        if not self._processes.agreed(header):
-            description = {
-                **self._settings(),
-                "step": step,
-                "weights": self._weights.tolist(),
-                "state": self._state_digest().hex()[:8],
-            }
-            if (rotations := self._named_state("rotations")) is not None:
-                description["rotations"] = hashlib.blake2b(rotations.cpu().numpy().tobytes()).hexdigest()[:8]
-            raise checks.disagreement(self._processes.gather(description), step)
+        self._check_agreement(header, step)
         sums = self._window.unpack(payload, moments, step)
         if 0 < sums.counted < sums.blocks - sums.vacant:
             raise checks.mixed_counts(sums.counted, sums.blocks, step)
@@ -407,6 +398,19 @@ class Weighter:
         checks.finite_weights(self._weights, repr(self.method))
         self._record.see(step, self._weights, statistics, self._skipped)
         return None
+
+    def _check_agreement(self, header: Tensor, step: int) -> None:
+        if self._processes.agreed(header):
+            return
+        description = {
+            **self._settings(),
+            "step": step,
+            "weights": self._weights.tolist(),
+            "state": self._state_digest().hex()[:8],
+        }
+        if (rotations := self._named_state("rotations")) is not None:
+            description["rotations"] = hashlib.blake2b(rotations.cpu().numpy().tobytes()).hexdigest()[:8]
+        raise checks.disagreement(self._processes.gather(description), step)
 
     def _check_statistics(self, statistics: Statistics, split: int) -> None:
         if self.method.positive_losses:
@@ -453,7 +457,8 @@ class Weighter:
         if gram is not None:
             block.add("gram", gram)
         payload = block.pack(self._branch.split)
-        _, host, rest = self._processes.sum(payload, self._signature(0), block.condense).wait()
+        header, host, rest = self._processes.sum(payload, self._signature(0), block.condense).wait()
+        self._check_agreement(header, self._step)
         sums = block.unpack(host, rest, self._step)
         if any(sums.bad_losses) or any(sums.bad_gradients):
             return self._weights  # the window will be held

@@ -65,9 +65,7 @@ LOSSES = {
     "binary cross entropy": F.binary_cross_entropy_with_logits,
     "squared error": F.mse_loss,
 }
-
-
-PANELS = {"weight": "weight", "loss": "loss", "grad_norm": "gradient norm at the trunk's output"}
+PANELS = {"weight": "weight", "loss": "loss", "grad_norm": "norm of the unweighted gradient at the trunk's output"}
 History = list[tuple[int, dict[str, float]]]
 
 
@@ -202,10 +200,10 @@ def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
             progress.batches += 1
             if accelerator.sync_gradients:
                 progress.step += 1
-                weights = " ".join(f"{task} {weight:.2f}" for task, weight in weighter.weights.items())
-                bar.set_postfix_str(weights, refresh=False)
-                bar.update()
                 last = progress.step == args.steps
+                if progress.step % 20 == 0 or last:  # on an accelerator, reading the weights waits for them
+                    bar.set_postfix_str(" ".join(f"{task} {weight:.2f}" for task, weight in weighter.weights.items()))
+                bar.update()
                 if folder and (last or progress.step % args.save_every == 0):
                     save_checkpoint(accelerator, folder, progress.step)
                 if last:
@@ -296,12 +294,15 @@ def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
     axes = figure.subplots(rows, columns, sharex=True, sharey="col", squeeze=False)
     for (method, run), row in zip(runs.items(), axes, strict=True):
         history = smooth(run["history"])
-        for ax, (values, title) in zip(row, PANELS.items(), strict=True):
+        for ax, values in zip(row, PANELS, strict=True):
             plot_history(history, ax, values=values)
             handles, labels = ax.get_legend_handles_labels()
             ax.get_legend().remove()
-            ax.set(title=title if row is axes[0] else "", xlabel="optimizer step" if row is axes[-1] else "", ylabel="")
+            ax.set(xlabel="", ylabel="")
         row[0].set_ylabel(method)
+    for top, bottom, title in zip(axes[0], axes[-1], PANELS.values(), strict=True):
+        top.set_title(title, fontsize="medium")
+        bottom.set_xlabel("optimizer step")
     figure.legend(handles, labels, loc="outside upper center", ncols=len(TASKS), frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -344,7 +345,7 @@ def main() -> None:
             f"{launched} processes were started, and each sees {accelerator.num_processes}: they would train apart.\n"
             "On a machine without accelerators, write --cpu after the name of the script."
         )
-    accelerator.print(f"{accelerator.num_processes} processes, {accelerator.distributed_type}")
+    accelerator.print(f"Processes: {accelerator.num_processes} ({accelerator.distributed_type.value})")
 
     runs = {method: train(method, args) for method in args.methods}
     accelerator.print(table(runs))

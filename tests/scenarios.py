@@ -113,6 +113,8 @@ class Cell:
         size: A factor on all losses.
         overflow: Scripted infinities: `(step, block, where)`, where "loss" (the last task's), "tap" (the last task's
             gradient at the shared representation) or "parameters" (gradients of the embedding alone).
+        interleaved: Whether neighbouring blocks go to different processes in the same micro-batch, so that a
+            micro-batch of all processes together is one of a single process.
     """
 
     method: Method | None
@@ -133,6 +135,7 @@ class Cell:
     checkpoint: str = ""
     size: float = 1.0
     overflow: tuple[tuple[int, int, str], ...] = ()
+    interleaved: bool = False
 
 
 @dataclass
@@ -226,11 +229,12 @@ def train(engine: str, cell: Cell) -> Run:
     run = Run(world, accelerator.distributed_type.value, [], [], [], [], [], [], set(), 0, {}, {})
     count = CountCollectives()
     slices = cut(cell, world * cell.micro)
+    mine = range(rank, len(slices), world) if cell.interleaved else range(rank * cell.micro, (rank + 1) * cell.micro)
     for step in range(cell.steps):
         x, y = batch(step, cell.tasks, cell.dtype)
         if engine.startswith("zero"):  # the one engine that leaves the inputs as they are
             x = x.to(inner.embed.weight.dtype)
-        for b in range(rank * cell.micro, (rank + 1) * cell.micro):
+        for b in mine:
             gone = {task for s, block, task in cell.absent if s in (None, step) and block == b}
             places = {where for s, block, where in cell.overflow if (s, block) == (step, b)}
             inner.overflows = "parameters" in places

@@ -45,14 +45,12 @@ class GramMethod(Method):
     the gradients' norms is 1, and solved. Where there is nothing to go by (before the first window, or where all
     gradients vanish) the gradients are taken for orthonormal.
 
-    Attributes:
-        total: The sum of the weights, where the method keeps one: the present tasks then share what the absent ones
-            leave of it, or keep their own weights if nothing is left. None: they take the solution as it is.
+    A method that keeps its sum has a solution of sum 1; the present tasks share what the absent ones leave of the
+    sum of the initial weights, or keep their weights if nothing is left. Without, they take the solution as it is.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
     acts_on: ClassVar[Literal["losses", "shared"]] = "shared"
-    total: ClassVar[float | None] = None
 
     def solve(self, M: Tensor) -> Tensor:
         """The weights ``[K]`` for a Gram matrix ``M``, float64 ``[K, K]``, of mean diagonal 1, no task absent."""
@@ -69,25 +67,25 @@ class GramMethod(Method):
 
     def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
         """The solution for this window's Gram matrix; the state holds nothing but the weights."""
-        weights = solve_present(self.solve, state["weights"], statistics, self.total)
+        weights = solve_present(self.solve, state["weights"], statistics, self.keeps_sum)
         return weights, {"weights": weights}
 
 
 def solve_present(
-    solve: Callable[[Tensor], Tensor], old: Tensor, statistics: Statistics, total: float | None = None
+    solve: Callable[[Tensor], Tensor], old: Tensor, statistics: Statistics, keeps_sum: bool = False
 ) -> Tensor:
     """Drops absent tasks, normalises the Gram matrix by its trace, solves, and puts the weights back in place.
 
     Args:
-        solve: From a Gram matrix of mean diagonal 1 to its weights; they sum to 1 where there is a ``total``.
+        solve: From a Gram matrix of mean diagonal 1 to its weights, of sum 1 if ``keeps_sum``.
         old: Weights before, ``[K]``; absent tasks keep theirs.
         statistics: The window; its ``gram`` and ``present`` are read.
-        total: The sum of all K weights, see :class:`GramMethod`.
+        keeps_sum: Whether the weights keep the sum of ``old``, see :class:`GramMethod`.
     """
     assert statistics.gram is not None
     present = statistics.present
     weights = old.clone()
-    left = 1.0 if total is None else total - float(old[~present].sum())
+    left = float(old[present].sum()) if keeps_sum else 1.0
     if not present.any() or left <= 0:
         return weights
     M = statistics.gram[present][:, present].to(torch.float64)

@@ -38,12 +38,13 @@ class AlignedMTL(GramMethod):
 
     def solve(self, M: Tensor) -> Tensor:
         """Row means of the balance matrix B, ``[K]``."""
-        c = torch.linalg.eigvalsh(cosines(M)[0])
-        rank = int((c > RANK * c[-1]).sum())
-        values, V = torch.linalg.eigh(M)
-        keep = values > torch.finfo(M.dtype).eps * len(M) * values[-1]
-        keep[: len(M) - rank] = False
-        values, V = values[keep], V[:, keep]
-        sigma = {"min": values[0], "median": values.median(), "rmse": values.mean()}[self.scale].sqrt()
-        B = sigma * (V * values.rsqrt()) @ V.T
+        C, n = cosines(M)
+        c, E = torch.linalg.eigh(C)
+        keep = c > RANK * c[-1]
+        L = n[:, None] * E[:, keep] * c[keep].sqrt()  # M = LLᵀ; its singular values keep the digits that Λ would lose
+        V, S, _ = torch.linalg.svd(L, full_matrices=False)
+        keep = S / S[0] > torch.finfo(M.dtype).eps * len(M)
+        V, S = V[:, keep], S[keep]
+        sigma = {"min": S[-1], "median": S.median(), "rmse": S.square().mean().sqrt()}[self.scale]
+        B = sigma * (V / S) @ V.T
         return B.mean(1)

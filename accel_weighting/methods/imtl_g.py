@@ -26,7 +26,7 @@ class IMTLG(GramMethod):
     2406.16232.
     """
 
-    total: ClassVar[float | None] = 1.0
+    keeps_sum: ClassVar[bool] = True
 
     def solve(self, M: Tensor) -> Tensor:
         """α, ``[K]``, of sum 1."""

@@ -19,7 +19,8 @@ class MGDA(GramMethod):
     is the paper's MGDA-UB (its eq. 6). Of several minimisers it takes the most even one; zero gradients share all
     the weight.
 
-    The weights sum to 1, as TorchJD's do. Short gradients get the most of it: ``α_k ∝ 1/n_k²`` if all are orthogonal.
+    The weights sum to 1, as TorchJD's do, or to the sum of the initial weights. Short gradients get the most of it:
+    ``α_k ∝ 1/n_k²`` if all are orthogonal.
 
     Args:
         normalize: ``"norm"`` solves for the gradients divided by their norms and, as in the authors' code, applies the
@@ -31,7 +32,7 @@ class MGDA(GramMethod):
     Source: Désidéri, C. R. Acad. Sci. 350, 2012; Sener and Koltun, NeurIPS 2018, arXiv 1810.04650.
     """
 
-    total: ClassVar[float | None] = 1.0
+    keeps_sum: ClassVar[bool] = True
 
     normalize: Literal["norm"] | None = None
 

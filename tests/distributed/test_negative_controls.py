@@ -127,7 +127,7 @@ def train_broken(engine: str, controls: list[Control | Cell]) -> list[Run]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[Cell, Run]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     cells = [replace(cell, micro=1) for cell in HONEST]
     runs = run_ranks(train_all, 1, tmp_path_factory.mktemp("one"), "plain", cells)[0]
     return dict(zip((repr(cell) for cell in HONEST), runs, strict=True))

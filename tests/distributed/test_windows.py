@@ -1,0 +1,664 @@
+"""Windows on real processes: how they end, what is in them, and what happens when something goes wrong in one.
+
+Functions without `test` in their names run inside the processes, many in one launch; rows are those of failures.md.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist  # noqa: TID251  which process this is
+from torch import Tensor
+
+from accel_weighting import MGDA, CoVWeighting, GradNorm, Method, Weighter
+from tests.ranks import accelerator_for, run_ranks
+from tests.scenarios import CountCollectives, Net, batch, task_losses
+
+GRADNORM = GradNorm(alpha=1.0, lr=0.05)
+NAMES = ["t0", "t1", "t2"]
+F64 = torch.float64
+
+
+@dataclass
+class Setup:
+    """A weighter on a model, and this process's part of every global batch."""
+
+    accelerator: Any
+    model: Any
+    inner: Net
+    weighter: Weighter
+    optimizer: Any
+
+    def rows(self, step: int, part: int = 0, parts: int = 1, sizes: tuple[int, ...] | None = None) -> slice:
+        """Rows of block `part` of this process, of `parts` that it has."""
+        blocks = self.accelerator.num_processes * parts
+        sizes = sizes or (36 // blocks,) * blocks
+        block = self.accelerator.process_index * parts + part
+        return slice(sum(sizes[:block]), sum(sizes[: block + 1]))
+
+    def losses(self, step: int = 0, **which: Any) -> dict[str, Tensor]:
+        x, y = batch(step, len(self.inner.heads), F64)
+        rows = self.rows(step, **which)
+        return task_losses(self.model(x[rows]), y[rows])
+
+    def step(self, step: int = 0, **arguments: Any) -> dict[str, float]:
+        """One window of one micro-batch; the model stays as it is. The weights after it."""
+        self.weighter.backward(self.losses(step), **arguments)
+        self.model.zero_grad()
+        return self.weighter.weights
+
+
+def build(
+    engine: Any = "ddp",
+    names: list[str] = NAMES,
+    method: Method = GRADNORM,
+    wrap: bool = True,
+    seed: int = 0,
+    lr: float = 1e-3,
+    options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Setup:
+    """`wrap=False`: the engine does not touch the model, so that processes may do different things with it."""
+    fsdp = {"transformer_cls_names_to_wrap": ["Block"]} if engine.startswith("fsdp") else None
+    accelerator = accelerator_for(engine, fsdp=fsdp, **kwargs)
+    torch.manual_seed(seed)
+    inner = Net(names).double()
+    model: Any = inner
+    optimizer: Any = torch.optim.SGD(inner.parameters(), lr=lr)
+    if wrap:
+        model, optimizer = accelerator.prepare(inner, optimizer)
+        inner = accelerator.unwrap_model(model)
+    weighter = Weighter(method, names, accelerator=accelerator, heads=dict(inner.heads), **(options or {}))
+    return Setup(accelerator, model, inner, weighter, optimizer)
+
+
+def error_of(act: Callable[[], Any]) -> str:
+    """The message of the error that `act` must end in."""
+    try:
+        act()
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("no error was raised")
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def gradients_by_hand(step: int, rows: slice) -> Tensor:
+    """Every task's gradient at the shared representation for some rows of the global batch, `[K, rows * width]`."""
+    torch.manual_seed(0)
+    model = Net(NAMES).double()
+    x, y = batch(step, 3, F64)
+    z = model.embed(x[rows])
+    for block in model.blocks:
+        z = block(z)
+    z = model.shared(z).detach().requires_grad_()
+    losses = task_losses({task: head(z) for task, head in model.heads.items()}, y[rows])
+    return torch.stack([torch.autograd.grad(loss, z)[0].flatten() for loss in losses.values()])
+
+
+# ---- windows that a DataLoader ends --------------------------------------------------------------------------------
+
+PLUGINS: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "row 19 short last window": ({}, [2, 2, 1, 2, 2, 1]),
+    "row 20 windows across epochs": ({"sync_with_dataloader": False}, [2, 2, 2, 2, 2]),
+    "row 20 gradients synchronised at every batch": ({"sync_each_batch": True}, [2, 2, 1, 2, 2, 1]),
+}
+
+
+def epochs(engine: str, plugin: str, evaluate: bool = False) -> dict[str, Any]:
+    """Two epochs of five global batches of four rows, accumulation 2."""
+    from accelerate.utils import GradientAccumulationPlugin
+
+    accumulation = GradientAccumulationPlugin(num_steps=2, **PLUGINS[plugin][0])
+    setup = build(engine, gradient_accumulation_plugin=accumulation)
+    accelerator, weighter = setup.accelerator, setup.weighter
+    x, y = batch(0, 3, F64)
+    data = torch.utils.data.TensorDataset(x[:20], y[:20])
+    loader = torch.utils.data.DataLoader(data, batch_size=4 // accelerator.num_processes)
+    loader = accelerator.prepare(loader)
+    seen: dict[str, Any] = {"losses": [], "gram": [], "weights": [], "micro_batches": [], "per_step": []}
+    count, quiet = CountCollectives(), CountCollectives()
+    for _ in range(2):
+        for u, v in loader:
+            with accelerator.accumulate(setup.model):
+                with count:
+                    weighter.backward(task_losses(setup.model(u), v))
+                if accelerator.sync_gradients:
+                    seen["losses"].append(weighter.statistics.losses)
+                    seen["gram"].append(weighter.statistics.gram)
+                    seen["weights"].append(torch.tensor(list(weighter.weights.values()), dtype=F64))
+                    seen["micro_batches"].append(weighter.statistics.micro_batches)
+                    seen["per_step"].append(count.calls)
+                    count.calls = 0
+                setup.optimizer.step()
+                setup.optimizer.zero_grad()
+            if evaluate:
+                with quiet, torch.no_grad():
+                    setup.model.eval()
+                    weighter.combine(task_losses(setup.model(u * 3), v))
+                    setup.inner.heads["t2"](torch.ones(2, 5, dtype=F64))
+                    setup.model.train()
+    weighter.detach()
+    return seen | {"world": accelerator.num_processes, "left": count.calls, "evaluation": quiet.calls}
+
+
+def all_epochs(engine: str) -> dict[str, dict[str, Any]]:
+    runs = {plugin: epochs(engine, plugin) for plugin in PLUGINS}
+    return runs | {"evaluated": epochs(engine, "row 19 short last window", evaluate=True)}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return run_ranks(all_epochs, 1, tmp_path_factory.mktemp("one"), "plain")[0]
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def two_processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return run_ranks(all_epochs, 2, tmp_path_factory.mktemp("two"), request.param)
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_windows_of_a_prepared_loader_equal_those_of_one_process(plugin: str, one_process, two_processes) -> None:
+    one, lengths = one_process[plugin], PLUGINS[plugin][1]
+    assert one["micro_batches"] == lengths
+    for run in (ranks[plugin] for ranks in two_processes):
+        assert run["world"] == 2 and run["micro_batches"] == [2 * n for n in lengths]
+        assert run["per_step"] == [1] * len(lengths) and run["left"] == 0
+        for name in ("losses", "gram", "weights"):
+            for mine, whole in zip(run[name], one[name], strict=True):
+                torch.testing.assert_close(mine, whole, rtol=1e-12, atol=0)
+    for name in ("losses", "gram", "weights"):
+        assert all(map(torch.equal, two_processes[0][plugin][name], two_processes[1][plugin][name]))
+
+
+def test_row_23_an_evaluation_between_micro_batches_changes_nothing(two_processes) -> None:
+    for ranks in two_processes:
+        plain, evaluated = ranks["row 19 short last window"], ranks["evaluated"]
+        assert evaluated["evaluation"] == 0
+        assert evaluated["micro_batches"] == plain["micro_batches"]
+        assert evaluated["per_step"] == plain["per_step"]
+        for name in ("losses", "gram", "weights"):
+            assert all(map(torch.equal, evaluated[name], plain[name])), name
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+
+def row_1_not_finite_on_one_process() -> Any:
+    setup, messages = build(), []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("accel_weighting").addHandler(handler)
+    weights, steps = [], []
+    for step in range(5):
+        losses = setup.losses(step)
+        if step in (1, 3) and rank() == 1:
+            losses["t1"] = losses["t1"] * torch.nan
+        setup.weighter.backward(losses)
+        setup.model.zero_grad()
+        weights.append(list(setup.weighter.weights.values()))
+        steps.append(setup.weighter.statistics.step)
+    logging.getLogger("accel_weighting").removeHandler(handler)
+    return weights, steps, messages, setup.weighter.log_values()["weighting/skipped_steps"]
+
+
+def row_1_held_steps_are_as_if_they_had_not_been() -> Any:
+    setup = build()
+    for step in (0, 2, 4):
+        setup.step(step)
+    return list(setup.weighter.weights.values())
+
+
+def row_1_too_many_in_a_row() -> Any:
+    setup = build(options={"max_skipped_steps": 3})
+    start = setup.step(0)
+
+    def bad() -> None:
+        losses = setup.losses(1)
+        if rank() == 1:
+            losses["t1"] = losses["t1"] * torch.inf
+        setup.weighter.backward(losses)
+
+    for _ in range(3):
+        bad()
+    message = error_of(bad)
+    setup.model.zero_grad()
+    held = setup.weighter.weights
+    return message, start == held, setup.step(2) != held
+
+
+def row_2_gradient_not_finite_on_one_process() -> Any:
+    setup = build(options={"max_skipped_steps": 0})
+    start = setup.step(0)
+    x, y = batch(1, 3, F64)
+    rows = setup.rows(1)
+
+    def overflow() -> None:
+        outputs = setup.model(x[rows])
+        if rank() == 0:
+            outputs["t2"].register_hook(lambda g: g * torch.inf)
+        setup.weighter.backward(task_losses(outputs, y[rows]))
+
+    message = error_of(overflow)
+    setup.model.zero_grad()
+    held = setup.weighter.weights
+    return message, start == held, setup.step(2) != held
+
+
+def row_3_absent_on_one_process() -> Any:
+    setup = build()
+    setup.step(0, num_items={"t1": 0} if rank() == 1 else None)
+    return setup.weighter.statistics
+
+
+def row_4_absent_on_all_processes() -> Any:
+    setup = build()
+    for step in range(4):
+        setup.step(step, num_items={"t1": 0})
+    state = setup.weighter.state_dict()["state"]
+    fresh = setup.weighter.method.init(NAMES)[1]
+    kept = [name for name in state if state[name].ndim and not torch.equal(state[name][1], fresh[name][1])]
+    two = build(wrap=False)
+    two.weighter.detach()
+    weighter = Weighter(
+        GRADNORM, ["t0", "t2"], accelerator=two.accelerator, heads={t: two.inner.heads[t] for t in ("t0", "t2")}
+    )
+    for step in range(4):
+        losses = two.losses(step)
+        weighter.backward({"t0": losses["t0"], "t2": losses["t2"]})
+    return setup.weighter.weights, weighter.weights, kept
+
+
+def row_5_tasks_in_another_order() -> Any:
+    setup = build(names=NAMES if rank() != 1 else NAMES[::-1], wrap=False)
+    return error_of(setup.step), error_of(setup.step)
+
+
+def row_5_a_task_more_on_one_process() -> Any:
+    setup = build(names=NAMES if rank() != 1 else [*NAMES, "t3"], wrap=False)
+    return error_of(setup.step), error_of(setup.step)
+
+
+def row_5_many_tasks_more_on_one_process() -> Any:
+    """So many that the vectors are longer than the part of fixed length, on the last process only."""
+    last = rank() == dist.get_world_size() - 1
+    setup = build(names=[f"t{k}" for k in range(40 if last else 3)], wrap=False)
+    return error_of(setup.step), error_of(setup.step)
+
+
+def row_5_many_tasks_more_at_lag_0() -> Any:
+    """Weights are asked for inside the backward there, so that is where the processes meet first."""
+    last = rank() == dist.get_world_size() - 1
+    names = [f"t{k}" for k in range(40 if last else 3)]
+    setup = build(names=names, method=MGDA(), wrap=False, options={"lag": 0})
+    return error_of(setup.step), error_of(setup.step)
+
+
+def row_5_a_shared_layer_on_one_process() -> Any:
+    setup = build(wrap=False)
+    setup.weighter.detach()
+    options = {"shared_layer": setup.inner.shared} if rank() == 0 else {}
+    setup.weighter = Weighter(GRADNORM, NAMES, accelerator=setup.accelerator, heads=dict(setup.inner.heads), **options)
+    return (error_of(setup.step),)
+
+
+def row_6_another_order_of_the_dictionary() -> Any:
+    runs = []
+    for turn in (False, True):
+        setup = build()
+        for step in range(3):
+            losses = setup.losses(step)
+            if turn and rank() == 1:
+                losses = dict(reversed(losses.items()))
+            setup.weighter.backward(losses)
+            setup.model.zero_grad()
+        runs.append((setup.weighter.weights, setup.weighter.statistics.gram))
+    return runs
+
+
+def row_13_uneven_batches_with_counts() -> Any:
+    setup = build()
+    sizes = {2: (23, 13), 3: (5, 11, 20)}[dist.get_world_size()]
+    setup.weighter.backward(setup.losses(0, sizes=sizes), num_items=sizes[rank()])
+    return setup.weighter.statistics
+
+
+def row_16_an_exception_between_micro_batches() -> Any:
+    setup = build(gradient_accumulation_steps=2)
+    count = CountCollectives()
+    seen = []
+    for step in range(3):
+        try:
+            for part in range(2):
+                with setup.accelerator.accumulate(setup.model):
+                    losses = setup.losses(step, part=part, parts=2)
+                    with count:
+                        setup.weighter.backward(losses)
+                if step == 1 and part == 0:
+                    raise KeyError("the user's own")
+        except KeyError:
+            with count:
+                setup.weighter.reset()
+            with setup.accelerator.accumulate(setup.model):
+                pass  # the user's loop goes on with the next window
+        setup.model.zero_grad()
+        seen.append((count.calls, setup.weighter.statistics))
+        count.calls = 0
+    return seen
+
+
+def row_17_weights_changed_on_one_process() -> Any:
+    setup = build()
+    setup.step(0)
+    setup.step(1)
+    if rank() == 1:
+        setup.weighter._weights = setup.weighter._weights + torch.tensor([1e-9, 0, 0], dtype=F64)
+    return error_of(lambda: setup.step(2)), error_of(lambda: setup.step(3))
+
+
+def row_17_state_changed_on_one_process() -> Any:
+    setup = build(method=CoVWeighting())
+    setup.step(0)
+    if rank() == 1:
+        setup.weighter._state["loss_mean"] = setup.weighter._state["loss_mean"] * (1 + 1e-15)
+    return (error_of(lambda: setup.step(1)),)
+
+
+def row_17_settings_differ() -> Any:
+    setup = build(method=GradNorm(alpha=1.0 if rank() else 1.5), wrap=False)
+    return (error_of(setup.step),)
+
+
+def row_18_one_process_is_a_step_ahead() -> Any:
+    setup = build(wrap=False, method=CoVWeighting())
+    setup.step(0)
+    if rank() == 0:
+        setup.weighter._step += 1  # as after a window that only this process had
+    return (error_of(lambda: setup.step(1)),)
+
+
+def row_14_uneven_inputs() -> Any:
+    from accelerate.utils import DataLoaderConfiguration
+
+    return (error_of(lambda: build(dataloader_config=DataLoaderConfiguration(even_batches=False))),)
+
+
+def counts_on_one_process_only() -> Any:
+    setup = build()
+    start = setup.step(0)
+    message = error_of(lambda: setup.step(1, num_items=12 if rank() == 1 else None))
+    setup.model.zero_grad()
+    held = setup.weighter.weights
+    return message, start == held, setup.step(2) != held
+
+
+def negative_loss_on_one_process() -> Any:
+    """The mean over all processes is what counts."""
+    setup = build()
+    start = setup.step(0)
+
+    def shifted(by: float) -> None:
+        losses = setup.losses(1)
+        if rank() == 1:
+            losses["t0"] = losses["t0"] - by
+        setup.weighter.backward(losses)
+        setup.model.zero_grad()
+
+    message = error_of(lambda: shifted(1000.0))
+    held = setup.weighter.weights
+    setup.model.zero_grad()
+    shifted(1.0)
+    return message, start == held, setup.weighter.weights != held
+
+
+def collectives_of_every_step() -> Any:
+    setup = build(options={"update_after": 2, "update_every": 2})
+    plain, wide = build(), build(names=[f"t{k}" for k in range(40)])
+    calls: dict[str, list[int]] = {}
+
+    def counted(name: str, act: Callable[[], Any]) -> None:
+        count = CountCollectives()
+        with count:
+            act()
+        calls.setdefault(name, []).append(count.calls)
+
+    for step in range(6):
+        counted("steps", lambda: plain.step(step))  # noqa: B023
+        counted("update_after=2, update_every=2", lambda: setup.step(step))  # noqa: B023
+    for step in range(3):
+        counted("forty tasks", lambda: wide.step(step))  # noqa: B023
+    counted("step with a frozen micro-batch", lambda: plain.step(0, freeze=True))
+    with plain.weighter.freeze():
+        counted("frozen", lambda: plain.step(0))
+    with torch.no_grad():
+        counted("evaluation", lambda: plain.weighter.combine(plain.losses()))
+    counted("reading", lambda: (plain.weighter.weights, plain.weighter.statistics, plain.weighter.log_values()))
+    counted("saving", lambda: plain.weighter.state_dict())
+    counted("unknown task", lambda: error_of(lambda: plain.weighter.backward({"nope": torch.ones(())})))
+    counted("empty window", lambda: error_of(plain.weighter.step))
+    counted("afterwards", lambda: plain.step(1))
+    return calls
+
+
+FAULTS = [
+    value for name, value in list(globals().items()) if name.startswith("row_") or name.endswith("one_process_only")
+]
+FAULTS += [negative_loss_on_one_process, collectives_of_every_step]
+
+
+def all_faults() -> dict[str, Any]:
+    return {fault.__name__: fault() for fault in FAULTS}
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["2 processes", "3 processes"])
+def faults(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What every process went through."""
+    return run_ranks(all_faults, request.param, tmp_path_factory.mktemp("faults"), timeout=60)
+
+
+def each(faults: list[dict[str, Any]], name: Callable[..., Any]) -> list[Any]:
+    return [rank[name.__name__] for rank in faults]
+
+
+def test_row_1_a_loss_that_is_not_finite_on_one_process_holds_all(faults) -> None:
+    world = len(faults)
+    results = each(faults, row_1_not_finite_on_one_process)
+    for weights, steps, _, skipped in results:
+        assert weights[1] == weights[0] and weights[3] == weights[2]
+        assert weights[2] != weights[1] and weights[4] != weights[3]
+        assert steps == [0, 0, 2, 2, 4] and skipped == 2
+        assert weights == results[0][0]
+    message = f"Loss `t1` was not finite on 1 of {world} processes at optimizer step 1; weights are held."
+    assert [messages for _, _, messages, _ in results] == [[message]] + [[]] * (world - 1)  # once, on the first
+    for weights in each(faults, row_1_held_steps_are_as_if_they_had_not_been):
+        assert weights == results[0][0][4]
+
+
+def test_row_1_too_many_held_steps_end_all_processes_and_the_next_window_works(faults) -> None:
+    for message, held, moved in each(faults, row_1_too_many_in_a_row):
+        assert message == (
+            f"RuntimeError: Loss `t1` was not finite on 1 of {len(faults)} processes at optimizer step 4; weights are "
+            "held. 4 steps in a row exceed `max_skipped_steps = 3`: look for the cause in the data or the learning "
+            "rate."
+        )
+        assert held and moved
+
+
+def test_row_2_a_gradient_that_is_not_finite_on_one_process_holds_all(faults) -> None:
+    for message, held, moved in each(faults, row_2_gradient_not_finite_on_one_process):
+        assert message.startswith(
+            "RuntimeError: Gradient of loss `t2` at the shared representation was not finite on 1 of "
+            f"{len(faults)} processes at optimizer step 1; weights are held."
+        )
+        assert held and moved
+
+
+def test_row_3_a_task_absent_on_one_process_counts_as_a_gradient_of_zero_there(faults) -> None:
+    world = len(faults)
+    G = [gradients_by_hand(0, slice(r * 36 // world, (r + 1) * 36 // world)) for r in range(world)]
+    G[1][1] = 0
+    for s in each(faults, row_3_absent_on_one_process):
+        torch.testing.assert_close(s.gram, sum(g @ g.T for g in G) / world**2, rtol=1e-12, atol=0)
+        assert s.present.all()
+
+
+def test_row_4_a_task_absent_everywhere_keeps_weight_and_state_and_the_others_are_as_without_it(faults) -> None:
+    for with_it, without, kept in each(faults, row_4_absent_on_all_processes):
+        assert with_it["t1"] == 1 and kept == []
+        for task in ("t0", "t2"):
+            assert with_it[task] != 1
+            assert with_it[task] == pytest.approx(without[task], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [
+        (row_5_tasks_in_another_order, "process 1: ['t2', 't1', 't0']"),
+        (row_5_a_task_more_on_one_process, "process 1: ['t0', 't1', 't2', 't3']"),
+        (row_5_many_tasks_more_on_one_process, "'t38', 't39']"),
+        (row_5_many_tasks_more_at_lag_0, "'t38', 't39']"),
+    ],
+)
+def test_row_5_processes_built_with_different_tasks_are_told_so_with_a_table(fault, what, faults) -> None:
+    messages = each(faults, fault)
+    for first, again in messages:
+        assert first.startswith("RuntimeError: The processes were built with different tasks.\ntasks:\n  process 0: [")
+        assert what in first and f"process {len(faults) - 1}: [" in first
+        assert again.startswith("RuntimeError: The processes were built with different tasks.")
+    assert len(set(messages)) == 1
+
+
+def test_row_5_processes_with_vectors_of_different_length_and_the_same_tasks(faults) -> None:
+    for (message,) in each(faults, row_5_a_shared_layer_on_one_process):
+        assert message.startswith("RuntimeError: The processes no longer agree at step 0: different shared_layer.")
+        assert "process 0: (5, 8)" in message and "process 1: None" in message
+
+
+def test_row_6_the_order_of_a_dictionary_may_differ(faults) -> None:
+    for (weights, gram), (turned, turned_gram) in each(faults, row_6_another_order_of_the_dictionary):
+        assert weights == turned and torch.equal(gram, turned_gram)
+        assert weights == each(faults, row_6_another_order_of_the_dictionary)[0][0][0]
+
+
+def test_row_13_counts_make_uneven_batches_exact(faults) -> None:
+    G = gradients_by_hand(0, slice(0, 36))
+    for s in each(faults, row_13_uneven_batches_with_counts):
+        torch.testing.assert_close(s.gram, G @ G.T, rtol=1e-12, atol=0)
+
+
+def test_row_16_after_an_exception_that_all_processes_caught_the_next_window_is_right(faults) -> None:
+    world = len(faults)
+    for seen in each(faults, row_16_an_exception_between_micro_batches):
+        assert [calls for calls, _ in seen] == [1, 0, 1]
+        assert [s.step for _, s in seen] == [0, 0, 1]
+        size = 36 // (2 * world)
+        for step, s in ((0, seen[0][1]), (2, seen[2][1])):
+            assert s.micro_batches == 2 * world
+            G = [gradients_by_hand(step, slice(b * size, (b + 1) * size)) for b in range(2 * world)]
+            torch.testing.assert_close(s.gram, sum(g @ g.T for g in G) / (2 * world) ** 2, rtol=1e-12, atol=0)
+
+
+def test_row_17_a_weight_changed_by_1e_9_on_one_process_is_found_in_that_very_step(faults) -> None:
+    messages = each(faults, row_17_weights_changed_on_one_process)
+    for first, again in messages:
+        assert first.startswith("RuntimeError: The processes no longer agree at step 2: weights, method state")
+        assert "weights:\n  process 0: [" in first and "  process 1: [" in first
+        lines = {line.split(": ", 1)[0].strip(): line for line in first.splitlines() if line.startswith("  process")}
+        assert len(lines) == len(faults)
+        assert again.startswith("RuntimeError: The processes no longer agree at step 3")
+        assert first.endswith(
+            "Weights must only change through the weighter, and every process must build it alike "
+            "and take the same steps."
+        )
+    assert len(set(messages)) == 1
+
+
+def test_row_17_the_last_bit_of_the_methods_state_is_found(faults) -> None:
+    for (message,) in each(faults, row_17_state_changed_on_one_process):
+        assert message.startswith("RuntimeError: The processes no longer agree at step 1")
+        assert "state:\n  process 0: " in message
+
+
+def test_row_17_settings_that_differ_are_named(faults) -> None:
+    for (message,) in each(faults, row_17_settings_differ):
+        assert "at step 0: different method." in message
+        assert "process 0: GradNorm(alpha=1.5" in message and "process 1: GradNorm(alpha=1.0" in message
+
+
+def test_row_18_processes_out_of_step_are_named_with_their_steps(faults) -> None:
+    for (message,) in each(faults, row_18_one_process_is_a_step_ahead):
+        assert message.startswith("RuntimeError: The processes no longer agree at step ")
+        assert "step:\n  process 0: 2\n  process 1: 1" in message
+
+
+def test_row_14_uneven_inputs_are_refused(faults) -> None:
+    for (message,) in each(faults, row_14_uneven_inputs):
+        assert message.startswith("ValueError: Uneven inputs are not supported")
+
+
+def test_counts_on_one_process_only_are_an_error_everywhere(faults) -> None:
+    world = len(faults)
+    for message, held, moved in each(faults, counts_on_one_process_only):
+        assert f"At optimizer step 1, 1 of {world} micro-batches over all processes" in message
+        assert held and moved
+
+
+def test_row_11_a_negative_loss_is_judged_by_its_mean_over_all_processes(faults) -> None:
+    for message, held, moved in each(faults, negative_loss_on_one_process):
+        assert "Task `t0` averaged -" in message and "over optimizer step 1" in message
+        assert held and moved
+
+
+def test_one_collective_per_step_and_none_elsewhere(faults) -> None:
+    for calls in each(faults, collectives_of_every_step):
+        assert calls.pop("steps") == [1] * 6
+        assert calls.pop("update_after=2, update_every=2") == [0, 0, 1, 0, 1, 0]
+        assert calls.pop("forty tasks") == [2, 1, 1]  # a long vector's first part goes ahead, once
+        assert calls.pop("afterwards") == [1]
+        assert calls == {name: [0] for name in calls} and len(calls) == 7
+
+
+# ---- resume ----------------------------------------------------------------------------------------------------------
+
+
+def train_on(engine: str, start: int, stop: int, save: Path | None = None, load: Path | None = None) -> Any:
+    setup = build(engine, gradient_accumulation_steps=2, seed=0 if load is None else 5)
+    if load is not None:
+        setup.accelerator.load_state(str(load))
+    weights = []
+    for step in range(start, stop):
+        for part in range(2):
+            with setup.accelerator.accumulate(setup.model):
+                setup.weighter.backward(setup.losses(step, part=part, parts=2))
+                setup.optimizer.step()
+                setup.optimizer.zero_grad()
+        weights.append(list(setup.weighter.weights.values()))
+    if save is not None:
+        setup.accelerator.save_state(str(save))
+    return weights, setup.weighter.average_weights, [step for step, _ in setup.weighter.history]
+
+
+def uninterrupted_and_resumed(folder: Path) -> Any:
+    whole = train_on("ddp", 0, 6)
+    first = train_on("ddp", 0, 3, save=folder)
+    setup_of_another_seed = train_on("ddp", 3, 6, load=folder)
+    return whole, first, setup_of_another_seed
+
+
+def test_rows_25_and_26_a_resumed_run_goes_on_on_two_processes_and_on_one(tmp_path) -> None:
+    folder = tmp_path / "checkpoint"
+    for whole, first, resumed in run_ranks(uninterrupted_and_resumed, 2, tmp_path, folder):
+        assert first[0] + resumed[0] == whole[0]  # bit by bit
+        assert resumed[1:] == whole[1:] and whole[2] == list(range(6))
+    weights, average, steps = run_ranks(train_on, 1, tmp_path, "plain", 3, 6, None, folder)[0]
+    for mine, theirs in zip(weights, whole[0][3:], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-12)
+    assert average == pytest.approx(whole[1], rel=1e-12) and steps == whole[2]

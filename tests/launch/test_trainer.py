@@ -1,0 +1,371 @@
+"""The Trainer gives what a plain Accelerate loop gives, logs it, saves it, and leaves evaluation alone."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, SequentialSampler
+
+from accel_weighting import MGDA, CoVWeighting, GradNorm, RotoGrad, Weighter
+from tests.ranks import accelerator_for, run_ranks
+
+TASKS = ("kind", "size")
+HEADS = {task: f"heads.{task}" for task in TASKS}
+METHODS = {
+    "gradnorm": GradNorm(alpha=1.5),
+    "cov": CoVWeighting(total="tasks"),
+    "mgda": MGDA(),
+    "rotograd": RotoGrad(),
+}
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + torch.tanh(self.inner(x))
+
+
+class Model(nn.Module):
+    """A forward like those of transformers: `**kwargs` makes the Trainer believe that it scales losses by items."""
+
+    _no_split_modules = ("Block",)
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.block = nn.Linear(6, 8), Block()
+        self.heads = nn.ModuleDict({"kind": nn.Linear(8, 3), "size": nn.Linear(8, 1)})
+
+    def forward(self, x, labels=None, labels_size=None, **kwargs):
+        assert not kwargs, kwargs  # num_items_in_batch must not come here
+        z = self.block(self.embed(x))
+        outputs = {task: head(z) for task, head in self.heads.items()}
+        losses = {
+            "kind": F.cross_entropy(outputs["kind"], labels),
+            "size": 10 * F.mse_loss(outputs["size"].squeeze(-1), labels_size),
+        }
+        return {"losses": losses, "num_items": None, **outputs}
+
+
+def rows(n=40):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(n, 6, generator=generator)
+    kinds = (x[:, :3] + 0.3 * torch.randn(n, 3, generator=generator)).argmax(-1)
+    return [{"x": x[i], "labels": kinds[i], "labels_size": x[i].sum()} for i in range(n)]
+
+
+def make_model():
+    torch.manual_seed(0)
+    return Model()
+
+
+def make_trainer(folder, method="gradnorm", fsdp=False, **options):
+    warnings.simplefilter("error", ResourceWarning)
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+    from transformers import TrainingArguments
+
+    from accel_weighting.integrations.trainer import WeightedTrainer
+
+    class InOrder(WeightedTrainer):
+        def _get_train_sampler(self, *args):
+            return SequentialSampler(self.train_dataset)
+
+    arguments = {
+        "use_cpu": True,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 3,
+        "num_train_epochs": 2,
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_grad_norm": 0.0,
+        **options,
+    }
+    if fsdp:
+        arguments |= {
+            "fsdp": True,
+            "fsdp_config": {
+                "version": 2,
+                "transformer_layer_cls_to_wrap": ["Block"],
+                "cpu_ram_efficient_loading": False,
+            },
+        }
+    args = TrainingArguments(str(folder), **arguments)
+    if fsdp:
+        assert args.device.type == "cpu"
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return InOrder(
+        model=make_model(),
+        args=args,
+        train_dataset=rows(),
+        eval_dataset=rows(12),
+        weighting=METHODS[method],
+        heads=HEADS,
+    )
+
+
+def parameters(model):
+    full = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
+    return {name: p.detach().clone() for name, p in full.items()}
+
+
+def told(trainer):
+    """What a run saw, and where it ended."""
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "type": trainer.accelerator.distributed_type.value,
+        "world": trainer.accelerator.num_processes,
+        "weights": torch.tensor([[entry[f"weight/{task}"] for task in TASKS] for entry in logs]),
+        "losses": torch.tensor([[entry[f"loss/{task}"] for task in TASKS] for entry in logs]),
+        "micro_batches": trainer.weighter.statistics.micro_batches,
+        "parameters": parameters(trainer.accelerator.unwrap_model(trainer.model_wrapped)),
+        "logs": trainer.state.log_history,
+        "state": trainer.weighter.state_dict(),
+    }
+
+
+def trained(folder, method="gradnorm", fsdp=False, resume=None, **options):
+    trainer = make_trainer(folder, method, fsdp, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return told(trainer)
+
+
+def plain_loop(method, batch_size=4, accumulation=3):
+    """The same run by hand. Accelerate divides a short last window by the full number, the Trainer by its own."""
+    import torch.distributed as dist  # noqa: TID251  is there a process group?
+
+    accelerator = accelerator_for("ddp" if dist.is_initialized() else "plain", gradient_accumulation_steps=accumulation)
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows(), batch_size))
+    weighter = Weighter(METHODS[method], TASKS, accelerator=accelerator, heads=HEADS, model=model)
+    weights = []
+    for _ in range(2):
+        for i, batch in enumerate(loader):
+            with accelerator.accumulate(model):
+                total = weighter.combine(model(**batch)["losses"])
+                window = min(accumulation, len(loader) - i // accumulation * accumulation)
+                accelerator.backward(total * accumulation / window)
+                weighter.step()
+                optimizer.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                weights.append(list(weighter.weights.values()))
+    return {"weights": torch.tensor(weights), "parameters": parameters(accelerator.unwrap_model(model))}
+
+
+def both(folder, method):
+    return plain_loop(method), trained(folder, method)
+
+
+def assert_same(a, b, tolerance):
+    assert a["weights"].shape == b["weights"].shape
+    torch.testing.assert_close(a["weights"], b["weights"], rtol=tolerance, atol=0)
+    torch.testing.assert_close(a["parameters"], b["parameters"], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_trainer_gives_the_plain_loops_weights(tmp_path, world):
+    for method in METHODS if world == 1 else ["gradnorm", "rotograd"]:
+        runs = run_ranks(both, world, tmp_path, tmp_path / method, method)
+        for plain, trainer in runs:
+            assert trainer["world"] == world
+            assert trainer["type"] == ("MULTI_CPU" if world == 2 else "NO")
+            assert trainer["micro_batches"] == {1: 1, 2: 4}[world]  # the last window is short: 10 = 3+3+3+1, 5 = 3+2
+            assert_same(plain, trainer, 1e-6)
+            assert trainer["weights"].std(0).min() > 1e-3  # they did move
+
+
+def many_cuts(folder, cuts):
+    return [trained(folder, per_device_train_batch_size=size, gradient_accumulation_steps=k) for size, k in cuts]
+
+
+def test_weights_do_not_depend_on_the_cut(tmp_path):
+    """Steps of eight rows: at once, in two micro-batches, on two processes."""
+    at_once, in_two = run_ranks(many_cuts, 1, tmp_path, tmp_path / "one", [(8, 1), (4, 2)])[0]
+    on_two = run_ranks(many_cuts, 2, tmp_path, tmp_path / "two", [(4, 1), (2, 2)])[0]
+    for run in (in_two, *on_two):
+        assert_same(at_once, run, 1e-5)
+        torch.testing.assert_close(at_once["losses"], run["losses"], rtol=1e-5, atol=0)
+
+
+def interrupted(folder, fsdp=False):
+    """Once in one go, once stopped in the middle of the second epoch and gone on with in a new Trainer."""
+    whole = trained(folder / "whole", fsdp=fsdp)
+    half = len(whole["weights"]) - 1
+    trained(folder / "part", fsdp=fsdp, max_steps=half, save_strategy="steps", save_steps=half)
+    resumed = trained(folder / "part", fsdp=fsdp, resume=str(folder / "part" / f"checkpoint-{half}"))
+    return whole, resumed
+
+
+@pytest.mark.parametrize("engine", ["one", "ddp", "fsdp2"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, engine):
+    runs = run_ranks(interrupted, 1 if engine == "one" else 2, tmp_path, tmp_path, engine == "fsdp2")
+    for whole, resumed in runs:
+        assert whole["type"] == {"one": "NO", "ddp": "MULTI_CPU", "fsdp2": "FSDP"}[engine]
+        assert torch.equal(whole["weights"], resumed["weights"])
+        assert torch.equal(whole["losses"], resumed["losses"])
+        assert torch.equal(whole["state"]["record"]["rows"], resumed["state"]["record"]["rows"])
+        for name, value in whole["parameters"].items():
+            assert torch.equal(value, resumed["parameters"][name]), name
+    last = max((tmp_path / "part").glob("checkpoint-*"))
+    kept = torch.load(last / "weighter.pt", weights_only=True)
+    assert kept["kind"] == "accel_weighting.Weighter"
+
+
+def with_ddp_and_fsdp(folder, fsdp):
+    return trained(folder, fsdp=fsdp)
+
+
+def test_fsdp2_gives_ddps_weights(tmp_path):
+    ddp = run_ranks(with_ddp_and_fsdp, 2, tmp_path, tmp_path / "ddp", False)
+    fsdp = run_ranks(with_ddp_and_fsdp, 2, tmp_path, tmp_path / "fsdp", True)
+    for a, b in zip(ddp, fsdp, strict=True):
+        assert b["type"] == "FSDP"
+        assert_same(a, b, 1e-5)
+
+
+def evaluated(folder):
+    import torch.distributed as dist  # noqa: TID251  counts the collectives
+
+    without = trained(folder / "without")
+    trainer = make_trainer(folder / "with", eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    weighter, calls = trainer.weighter, []
+    add, reduce = weighter._window.add_block, dist.all_reduce
+    weighter._window.add_block = lambda *args: (calls.append(trainer.model.training), add(*args))
+    trainer.train()
+    with_evaluation = told(trainer)
+
+    before = weighter.state_dict()
+    dist.all_reduce = lambda *args, **kwargs: pytest.fail("evaluation called a collective of ours")
+    metrics, predictions = trainer.evaluate(), trainer.predict(rows(12)).predictions
+    dist.all_reduce = reduce
+    after = weighter.state_dict()
+    assert before["step"] == after["step"] and torch.equal(before["weights"], after["weights"])
+    return without, with_evaluation, calls, metrics, [p.shape for p in predictions]
+
+
+def test_evaluation_in_between_changes_nothing(tmp_path):
+    for without, with_evaluation, calls, metrics, shapes in run_ranks(evaluated, 2, tmp_path, tmp_path):
+        assert torch.equal(without["weights"], with_evaluation["weights"])
+        assert torch.equal(without["losses"], with_evaluation["losses"])
+        assert sum("eval_loss" in entry for entry in with_evaluation["logs"]) == 5  # four steps, and at the start
+        assert calls == [True] * 10  # micro-batches of training alone
+        assert metrics["eval_loss"] > 0
+        assert not any("weight/" in name for name in metrics)
+        assert shapes == [(12, 3), (12, 1)]  # predictions, no losses among them
+
+
+def test_weights_losses_and_norms_are_in_the_logs_and_the_trainers_state(tmp_path):
+    (run,) = run_ranks(trained, 1, tmp_path, tmp_path, "gradnorm", False, None)
+    logs = [entry for entry in run["logs"] if "loss" in entry]
+    names = {f"{group}/{task}" for group in ("weight", "loss", "loss_cov", "grad_norm") for task in TASKS}
+    assert names | {"cosine/kind·size", "weighting/skipped_steps", "loss", "grad_norm", "epoch"} <= set(logs[-1])
+    total = sum(logs[0][f"loss/{task}"] for task in TASKS)  # weights are 1 in the first step
+    assert logs[0]["loss"] == pytest.approx(total, rel=1e-4)
+
+
+def saved(folder):
+    trained(folder, save_strategy="steps", save_steps=4)
+    return json.loads((Path(folder) / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+
+
+def test_the_trainers_state_on_disk_has_them_too(tmp_path):
+    (history,) = run_ranks(saved, 1, tmp_path, tmp_path)
+    assert [entry["step"] for entry in history] == [1, 2, 3, 4]
+    assert all(0 < entry["weight/kind"] < 2 for entry in history)
+
+
+def refused(folder):
+    from transformers import TrainingArguments
+
+    from accel_weighting.integrations.trainer import WeightedTrainer
+
+    class Silent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.config = nn.Linear(6, 3), type("Config", (), {"use_cache": False})()
+
+        def forward(self, x, labels=None):
+            return {"logits": self.layer(x)}
+
+    def build(model=None, smoothing=0.0, gpus=1, **options):
+        args = TrainingArguments(str(folder), use_cpu=True, report_to="none", label_smoothing_factor=smoothing)
+        args._n_gpu = gpus
+        options = {"heads": HEADS, **options}
+        return WeightedTrainer(
+            model=model or make_model(), args=args, train_dataset=rows(), weighting=GradNorm(), **options
+        )
+
+    def message(kind, call):
+        with pytest.raises(kind) as error:
+            call()
+        return str(error.value)
+
+    smooth = Silent()
+    return [
+        message(ValueError, lambda: build(smooth, smoothing=0.1, heads={"kind": "layer"})),
+        message(ValueError, lambda: build(compute_loss_func=lambda *args, **kwargs: None)),
+        message(NotImplementedError, lambda: build(gpus=2)),
+        message(ValueError, lambda: build(heads=None)),
+        message(ValueError, lambda: build(smooth, heads={"kind": "layer"}).train()),
+        message(ValueError, lambda: build(heads={"kind": "heads.kind", "size": "heads.sise"})),
+    ]
+
+
+def test_what_cannot_go_together_is_refused_in_words(tmp_path):
+    (messages,) = run_ranks(refused, 1, tmp_path, tmp_path)
+    words = ("label_smoothing_factor", "compute_losses", "one process per GPU", "`tasks`", "'logits'", "heads.sise")
+    for word, message in zip(words, messages, strict=True):
+        assert word in message
+
+
+def other_ways(folder):
+    from transformers import TrainingArguments
+
+    from accel_weighting.integrations.trainer import WeightedTrainer
+
+    class Own(WeightedTrainer):
+        """Losses made outside of the model, and a task that every second batch lacks."""
+
+        batches = 0
+
+        def compute_losses(self, model, inputs, return_outputs=False):
+            outputs = model(**inputs)
+            losses = {task: 2 * loss for task, loss in outputs["losses"].items()}
+            return (losses, outputs) if return_outputs else losses
+
+        def count_items(self, inputs, outputs):
+            self.batches += 1
+            return {"size": 0} if self.batches % 2 else None
+
+    args = TrainingArguments(
+        str(folder), use_cpu=True, report_to="none", max_steps=4, logging_steps=1, disable_tqdm=True, save_strategy="no"
+    )
+    first = Own(
+        model_init=make_model,
+        args=args,
+        train_dataset=rows(),
+        weighting=GradNorm(),
+        heads=HEADS,
+        weighter_options={"initial_weights": {"kind": 0.5, "size": 1.5}, "max_losses": {"size": 100.0}},
+    )
+    early = first.weighter
+    first.train()
+    return early is first.weighter, [sorted(n for n in log if "loss/" in n) for log in first.state.log_history[:-1]]
+
+
+def test_losses_and_counts_of_ones_own_and_a_model_made_anew(tmp_path):
+    ((same, seen),) = run_ranks(other_ways, 1, tmp_path, tmp_path)
+    assert not same  # train() made the model anew
+    assert seen == [["loss/kind"], ["loss/kind", "loss/size"]] * 2
