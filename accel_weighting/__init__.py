@@ -1,5 +1,7 @@
 """Loss weighting for multi-task and multi-loss training on Hugging Face Accelerate."""
 
+from typing import TYPE_CHECKING
+
 from .methods.aligned_mtl import AlignedMTL
 from .methods.balancer import GradientBalancer
 from .methods.cagrad import CAGrad
@@ -21,9 +23,11 @@ from .methods.tchebycheff import SmoothTchebycheff
 from .methods.torchjd import TorchJDWeighting
 from .methods.uncertainty import IMTLL, UncertaintyWeighting
 from .methods.wrappers import Clamp, Every, Smooth, Warmup
-from .plot import plot_history
 from .statistics import Method, State, Statistics
 from .weighter import Weighter
+
+if TYPE_CHECKING:
+    from .plot import plot_history
 
 __version__ = "0.1.0.dev0"
 
@@ -63,3 +67,12 @@ __all__ = [
     "Weighter",
     "plot_history",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Imports ``plot_history`` when it is asked for: ``python -m accel_weighting.plot`` would else import it twice."""
+    if name == "plot_history":
+        from .plot import plot_history
+
+        return plot_history
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -175,7 +175,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
         return True
     if torch.compiler.is_compiling() or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
-    if a.grad_fn is not None and a.grad_fn is b.grad_fn and a.output_nr != b.output_nr:
+    if a.grad_fn is None or b.grad_fn is None:
+        return False  # detached from each other: heads that are recomputed one by one in the backward
+    if a.grad_fn is b.grad_fn and a.output_nr != b.output_nr:
         return False  # another weighter's join has divided them
     return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
 
@@ -208,9 +210,9 @@ class Branch:
         self.frozen_trunk = False  # z came without a graph
         self.armed: Block | None = None
         self._sink = sink
-        self._find_heads = find_heads
+        self.find_heads = find_heads
         self._find_shared_layer = find_shared_layer
-        self._rotation = rotation
+        self.rotation = rotation
         self._forward: _Forward | None = None
         self._layer: tuple[Tensor, Tensor] | None = None
         self._outputs: dict[int, list[Tensor]] = {}
@@ -229,7 +231,7 @@ class Branch:
         self.detach()
         if self._find_shared_layer is not None:
             self._handles.append(self._find_shared_layer().register_forward_hook(self._after_layer))
-        for k, head in enumerate(self._find_heads() if self._find_heads is not None else ()):
+        for k, head in enumerate(self.find_heads() if self.find_heads is not None else ()):
             self._handles += (
                 head.register_forward_pre_hook(partial(self._before_head, k), prepend=True, with_kwargs=True),
                 head.register_forward_hook(partial(self._after_head, k)),
@@ -287,7 +289,7 @@ class Branch:
         return {task: self._rotated(alias, k) for k, (task, alias) in enumerate(zip(self.tasks, self._join(z, mask)))}
 
     def _rotated(self, z: Tensor, k: int) -> Tensor:
-        return z if self._rotation is None else self._rotation(z, k)
+        return z if self.rotation is None else self.rotation(z, k)
 
     def head_outputs(self, k: int) -> list[Tensor]:
         """What head ``k`` gave in the last forward, tensors with a graph only."""
@@ -305,7 +307,7 @@ class Branch:
             if self._layer is None or not _same(self._layer[1], z):
                 raise checks.shared_layer_is_not_the_branch()
             inputs, self._layer = self._layer[0], None
-        elif self._rotation is not None and self._rotation.cooperative:
+        elif self.rotation is not None and self.rotation.cooperative:
             inputs = z.detach()
         return _Join.apply(z, inputs, mask, self._key, len(self.tasks))
 
@@ -369,7 +371,7 @@ class Branch:
         assert block.factors is not None
         c = block.factors if block.scale is None else block.factors * block.scale
         if mask is not None:
-            dim = -1 if self._rotation is None else self._rotation.dim
+            dim = -1 if self.rotation is None else self.rotation.dim
             rows = [None if g is None else g * mask.unsqueeze(dim) for g in rows]
         if self._find_shared_layer is not None:
             assert inputs is not None
@@ -380,17 +382,17 @@ class Branch:
             block.shared_weights = block.decide(gram)
         if block.record:
             self._sink("gram", gram)
-            if self._rotation is not None:
+            if self.rotation is not None:
                 self._sink("moments", self._moments(rows, c, inputs))
 
     def _moments(self, rows: Sequence[Tensor | None], c: Tensor, z: Tensor | None) -> Tensor:
         """``G_kᵀ G_j`` of all pairs k < j on the rotated features, and ``G_kᵀ Z`` of all tasks where z is given."""
-        assert self._rotation is not None
+        assert self.rotation is not None
         some = next(g for g in rows if g is not None)
-        m = self._rotation.matrices(some).shape[-1]
+        m = self.rotation.matrices(some).shape[-1]
 
         def features(x: Tensor) -> Tensor:
-            return _wide(x.movedim(self._rotation.dim, -1)[..., :m].reshape(-1, m))  # type: ignore[union-attr]
+            return _wide(x.movedim(self.rotation.dim, -1)[..., :m].reshape(-1, m))  # type: ignore[union-attr]
 
         G = [None if g is None else features(g) for g in rows]
         zeros = torch.zeros(m, m, dtype=_wide(some[:0]).dtype, device=some.device)

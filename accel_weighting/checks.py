@@ -350,8 +350,25 @@ def no_rotations(method: str, rotates: bool) -> RuntimeError:
 def head_cannot_be_folded(task: str, why: str) -> RuntimeError:
     """A head that does not begin with a Linear."""
     return RuntimeError(
-        f"The rotation of task `{task}` cannot be folded into its head: {why}. Let the head begin with an nn.Linear "
-        "that alone reads its input, or keep the weighter for inference."
+        f"The rotation of task `{task}` cannot be folded into its head: {why}. Nothing was changed in any head. Let "
+        "the head begin with an nn.Linear that alone reads its input (or name that Linear in "
+        "`fold_rotations(heads=...)`), or keep the weighter for inference."
+    )
+
+
+def fold_needs_heads() -> ValueError:
+    """Rotations to fold, and no heads to fold them into."""
+    return ValueError(
+        "This weighter was built without `heads`, so it does not know what reads the rotated representation: call "
+        "`fold_rotations(heads={task: module or dotted name})` with the module that each alias of the branch goes into."
+    )
+
+
+def rotations_were_folded() -> RuntimeError:
+    """The weighter is used after its end."""
+    return RuntimeError(
+        "The rotations were folded into the heads, and this weighter is done. To train on, build a new one: its "
+        "rotations begin at the identity, which leaves the folded model as it is."
     )
 
 

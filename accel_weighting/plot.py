@@ -1,13 +1,25 @@
-"""Pictures of a run's record: weights, losses, gradient norms and cosines over the steps. Needs matplotlib."""
+"""Pictures of a run's record: weights, losses, gradient norms and cosines over the steps. Needs matplotlib.
+
+    python -m accel_weighting.plot RUN [--output PICTURE.png]
+
+RUN is what a run left: the JSON file of one of this project's examples, a Trainer's ``trainer_state.json``, a
+weighter's saved state (``weighter.pt``, ``custom_checkpoint_0.pkl``), or a folder that holds one of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+History = Sequence[tuple[int, Mapping[str, float]]]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and line styles for more than eight tasks.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
@@ -21,6 +33,9 @@ LABELS = {
     "cosine": "cosine of two tasks' gradients",
 }
 LOGARITHMIC = ("loss", "loss_cov", "grad_norm")
+PANELS = ("weight", "loss", "grad_norm", "cosine")
+SKIPPED = "weighting/skipped_steps"
+KIND = "accel_weighting.Weighter"
 
 
 def plot_history(
@@ -68,3 +83,152 @@ def plot_history(
     ax.grid(alpha=0.3)
     ax.legend(fontsize="small", ncols=2 if len(lines) > 5 else 1)
     return ax.figure, ax  # type: ignore[return-value]
+
+
+# ---- a whole run -------------------------------------------------------------------------------------------------
+
+
+def plot_runs(runs: Mapping[str, History]) -> Figure:
+    """One row per run, with its weights, losses, gradient norms and cosines; steps that were held are marked.
+
+    Losses, norms and cosines are means over a fiftieth of the run, since single steps are too noisy to look at.
+
+    Args:
+        runs: ``{name: history}``.
+    """
+    import matplotlib.pyplot as plt
+
+    present = {name.partition("/")[0] for history in runs.values() for _, values in history for name in values}
+    panels = [panel for panel in PANELS if panel in present]
+    if not panels:
+        raise ValueError(f"The runs {list(runs)!r} hold no weights, losses, gradient norms or cosines.")
+    columns = 2 if len(runs) == 1 and len(panels) > 2 else len(panels)
+    rows = -(-len(panels) // columns) * len(runs)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(5.2 * columns, 0.5 + 3.2 * rows), layout="constrained", squeeze=False
+    )
+    cells = iter(axes.flat)
+    for name, history in runs.items():
+        held = held_steps(history)
+        for panel in panels:
+            ax = next(cells)
+            if not any(key.startswith(f"{panel}/") for _, values in history for key in values):
+                ax.axis("off")
+                continue
+            plot_history(history if panel == "weight" else smooth(history), ax, values=panel)
+            ax.set_title(LABELS[panel] if len(runs) == 1 else f"{name}: {LABELS[panel]}", fontsize="medium")
+            ax.set_ylabel("")
+            if panel == "cosine":
+                ax.axhline(0, color="black", linewidth=0.6)
+            for step in held:
+                ax.axvline(step, color="#D55E00", linewidth=0.8, alpha=0.5, ymax=0.06)
+        if held:
+            figure.supxlabel("marks on the axis: steps whose weights were held", fontsize="small", color="#D55E00")
+    for ax in cells:
+        ax.axis("off")
+    return figure
+
+
+def held_steps(history: History) -> list[int]:
+    """Steps at which the count of skipped steps went up."""
+    steps, before = [], 0.0
+    for step, values in history:
+        count = values.get(SKIPPED, before)
+        if count > before:
+            steps.append(step)
+        before = count
+    return steps
+
+
+def smooth(history: History) -> list[tuple[int, dict[str, float]]]:
+    """Means over a fiftieth of the run, at the last step of each."""
+    width = max(1, len(history) // 50)
+    windows = [history[end - width : end] for end in range(width, len(history) + 1)]
+    names = {name for _, values in history for name in values}
+    return [
+        (
+            window[-1][0],
+            {name: fmean(seen) for name in sorted(names) if (seen := [v[name] for _, v in window if name in v])},
+        )
+        for window in windows
+    ]
+
+
+def read_runs(path: Path) -> dict[str, History]:
+    """The histories that a file or a folder holds, by name.
+
+    Raises:
+        ValueError: Nothing that is known is there.
+    """
+    if path.is_dir():
+        patterns = ("*.json", "trainer_state.json", "weighter.pt", "custom_checkpoint_*.pkl")
+        found = [file for pattern in patterns for file in sorted(path.glob(pattern))]
+    else:
+        found = [path]
+    for file in found:
+        if runs := _json_runs(file) if file.suffix == ".json" else _state_runs(file):
+            return runs
+    raise ValueError(
+        f"{path} holds no record of a weighter: no JSON file with a history, and no saved weighter's state."
+    )
+
+
+def _json_runs(file: Path) -> dict[str, History]:
+    content = json.loads(file.read_text())
+    if not isinstance(content, dict):
+        return {}
+    runs = content.get("runs", {file.stem: content})
+    histories: dict[str, History] = {name: run["history"] for name, run in runs.items() if run.get("history")}
+    if logs := [entry for entry in content.get("log_history", []) if any(key.startswith("weight/") for key in entry)]:
+        histories[file.parent.name] = [(log["step"], {k: v for k, v in log.items() if "/" in k}) for log in logs]
+    return histories
+
+
+def _state_runs(file: Path) -> dict[str, History]:
+    import torch
+
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(state, Mapping) or state.get("kind") != KIND:
+        return {}
+    return {str(state["method"]): history_of(state)}
+
+
+def history_of(state: Mapping[str, Any]) -> History:
+    """The history in a weighter's saved state."""
+    from .record import Record
+
+    record = Record(state["tasks"])
+    record.load_state_dict(state["record"])
+    return record.history
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Draws what a run left into one picture; says and returns where it is."""
+    parser = argparse.ArgumentParser(
+        prog="python -m accel_weighting.plot",
+        description="Draws weights, losses, gradient norms, cosines and held steps of a run into one picture.",
+    )
+    parser.add_argument(
+        "run", type=Path, help="a run's JSON file, trainer_state.json, a saved weighter, or their folder"
+    )
+    parser.add_argument("--output", type=Path, help="the picture (default: weighting.png next to RUN)")
+    args = parser.parse_args(arguments)
+    try:
+        import matplotlib
+    except ImportError:
+        parser.error("drawing needs matplotlib: pip install 'accel-weighting[plot]'")
+    if not args.run.exists():
+        parser.error(f"there is no {args.run}")
+    matplotlib.use("Agg")
+    try:
+        runs = read_runs(args.run)
+    except ValueError as error:
+        parser.error(str(error))
+    output: Path = args.output or (args.run if args.run.is_dir() else args.run.parent) / "weighting.png"
+    plot_runs(runs).savefig(output, dpi=120)
+    print(f"{', '.join(runs)}: {output}")
+    return output
+
+
+if __name__ == "__main__":
+    main()

@@ -39,10 +39,10 @@ TASKS = ("small", "middle", "large")
 SCALES = dict(zip(TASKS, (0.3, 1.0, 3.0), strict=True))
 FEATURES = 6
 ROWS = 8  # of a micro-batch: so few that the mean of local norms would be far from the norm of the mean gradient
-LR = 0.05
+LR = 0.01
 
 METHODS: dict[str, Method] = {
-    "GradNorm": GradNorm(alpha=1.0, lr=0.005, optimizer="sgd"),
+    "GradNorm": GradNorm(alpha=1.0, lr=0.01),
     "CoVWeighting": CoVWeighting(total="tasks"),
     "RotoGrad": RotoGrad(burn_in=3),
 }
@@ -343,7 +343,7 @@ def cost(setting: Setting, pairs: int) -> dict[str, float]:
     The model is a plain chain of Linears: a small one on a CPU, one of 34 million parameters elsewhere.
     """
     accelerator, small = setting.accelerator, setting.accelerator.device.type == "cpu"
-    width, rows = (256, 128) if small else (2048, 2048)
+    width, rows = (512, 128) if small else (2048, 2048)
     net = Net(width, layers=4 if small else 8)
     model, optimizer = setting.prepare(net)
     set_lr(optimizer, 0.0)  # the same work at every step

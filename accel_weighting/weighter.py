@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .branch import Block, Branch, Rotation, heads_by_task, locate, nothing
+from .fold import fold
 from .processes import Processes, Reduction, signature_pieces
 from .record import Record
 from .statistics import Method, State, Statistics
@@ -105,6 +107,7 @@ class Weighter:
             checks.heads_are_distinct(heads_by_task(self.tasks, heads, model), self.tasks)
         self._has_heads = heads is not None
         self._rotates = "moments" in method.needs
+        rotating: Any = method
         if layer is not None and (self._rotates or self.lag == 0):
             raise checks.shared_layer_cannot_rotate(repr(method)) if self._rotates else checks.shared_layer_at_lag_0()
         self._window = Window(len(self.tasks), None if layer is None else (layer.out_features, layer.in_features))
@@ -113,7 +116,7 @@ class Weighter:
             self._window.add,
             None if heads is None else lambda: heads_by_task(self.tasks, heads, model),
             None if shared_layer is None else lambda: self._find_layer(shared_layer, model),
-            Rotation(self._rotations, method.dim, method.cooperative_after is not None) if self._rotates else None,
+            Rotation(self._rotations, rotating.dim, rotating.cooperative_after is not None) if self._rotates else None,
         )
         self._branch.attach()
         if (
@@ -125,6 +128,8 @@ class Weighter:
 
         self._step = 0
         self._width: int | None = None  # of z, where the method rotates
+        self._shape: tuple[int, ...] | None = None  # likewise
+        self._folded = False
         self._open = 0  # micro-batches since the last step, recorded or not
         self._due = False
         self._frozen = False
@@ -213,6 +218,8 @@ class Weighter:
         present = frozenset(k for k, task in enumerate(self.tasks) if task in named and k not in empty)
         gradients = torch.is_grad_enabled()
         if gradients:
+            if self._folded:
+                raise checks.rotations_were_folded()
             checks.losses_have_graphs({self.tasks[k]: named[self.tasks[k]] for k in sorted(present)})
             if self._due:
                 raise checks.window_not_closed()
@@ -476,6 +483,7 @@ class Weighter:
         self._finish()
         method: Any = self.method
         R = self._named_state("rotations")
+        self._shape = tuple(z.shape)
         width = z.shape[method.dim]
         if R is None or self._width != width:
             self._state = method.widen(self._state, width)
@@ -502,8 +510,53 @@ class Weighter:
         self._finish()
         R = self._named_state("rotations")
         if R is None:
-            raise checks.no_rotations(repr(self.method), self._rotates)
+            raise (
+                checks.rotations_were_folded()
+                if self._folded
+                else checks.no_rotations(repr(self.method), self._rotates)
+            )
         return dict(zip(self.tasks, R.clone(), strict=True))
+
+    def fold_rotations(
+        self, heads: Mapping[str, nn.Module | str] | None = None, model: nn.Module | None = None
+    ) -> None:
+        """Multiplies every rotation into its head: the trained model then runs, saves and ships without this library.
+
+        ``W[:, :m] ← W[:, :m] R_k`` in the nn.Linear that reads the head's input; outputs stay the same. The weighter is
+        done with that: hooks are removed, there are no rotations any more, ``branch`` passes z on as it is, and a
+        further backward is an error. To train on, build a new weighter. Called on every process.
+
+        Args:
+            heads: ``{task: module or dotted name}``: what reads the rotated representation, or its first Linear. None:
+                the heads that the weighter was built with.
+            model: Where dotted names are looked up.
+
+        Raises:
+            RuntimeError: A head does not begin with an nn.Linear that alone reads its input, or its weight is held in
+                pieces that cannot be multiplied; nothing was changed in any head. Or there are no rotations.
+        """
+        R = self.rotations
+        method: Any = self.method
+        models = [] if self.accelerator is None else list(self.accelerator._models)
+        if model is not None:
+            models.append(model)
+        if heads is not None:
+            checks.heads(heads, self.tasks, model)
+            found = heads_by_task(self.tasks, heads, model)
+        elif self._branch.find_heads is not None:
+            found = list(self._branch.find_heads())
+        else:
+            raise checks.fold_needs_heads()
+        self._branch.detach()
+        try:
+            fold(dict(zip(self.tasks, found, strict=True)), R, method.dim, self._shape, models)
+        except BaseException:
+            self._branch.attach()
+            raise
+        self._branch.rotation = None
+        self._state = {name: x for name, x in self._state.items() if name.rpartition(".")[2] != "rotations"}
+        self._folded = True
+        self.reset()
 
     # ---- the branch --------------------------------------------------------------------------------------------
 
@@ -557,6 +610,15 @@ class Weighter:
         weights = {f"weight/{task}": weight for task, weight in self.weights.items()}
         latest = self._record.values(self._record.latest)
         return {**weights, **latest, "weighting/skipped_steps": float(self._skipped)}
+
+    def describe(self) -> str:
+        """One line for a model card or a tracker's configuration: the method, the tasks and their weights."""
+        chosen = [f for f in dataclasses.fields(self.method) if f.init and getattr(self.method, f.name) != f.default]  # type: ignore[arg-type]
+        settings = ", ".join(f"{f.name}={getattr(self.method, f.name)!r}" for f in chosen)
+        weights = ", ".join(f"{task} {weight:.3g}" for task, weight in self.weights.items())
+        when = f"after {self._step} optimizer steps" if self._step else "to begin with"
+        frozen = ", frozen" if self._frozen else ""
+        return f"losses weighted by {type(self.method).__name__}({settings}){frozen}; {when}: {weights}"
 
     # ---- freezing ----------------------------------------------------------------------------------------------
 

@@ -127,9 +127,9 @@ class Window:
         number, m = self.moments
         if "moments" not in self._sums:
             return torch.zeros(number, m * (m - 1) // 2, dtype=torch.float64, device=device)
-        S = self._sums["moments"]
-        i, j = _upper(m, S.device)
-        return (S - S.mT)[:, i, j].double().to(device)
+        S = self._sums["moments"].flatten(1)
+        upper, lower = _triangles(m, S.device)
+        return (S.index_select(1, upper) - S.index_select(1, lower)).double().to(device)
 
     def condense(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         """After the sum over processes, still on the device: what the host reads, and what stays on the device.
@@ -162,7 +162,7 @@ class Window:
         if self.moments is not None:
             i, j = torch.triu_indices(K, K, 1)
             scale = torch.cat([weights[i] * weights[j], weights])[: self.moments[0]]
-            moments = triangles.view(len(scale), -1) * scale.to(triangles.device)[:, None]
+            moments = triangles.view(len(scale), -1) * to_device(scale, triangles.device)[:, None]
         return Sums(
             statistics=Statistics(
                 losses=torch.where(there, losses / items.clamp(min=math.ulp(1.0)), 0.0),
@@ -185,9 +185,10 @@ class Window:
 
 
 @functools.lru_cache(maxsize=8)
-def _upper(m: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _triangles(m: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the strict upper triangle of a flattened matrix lies, and where its mirror image."""
     i, j = torch.triu_indices(m, m, 1, device=device)
-    return i, j
+    return i * m + j, j * m + i
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

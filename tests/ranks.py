@@ -288,8 +288,12 @@ def _fsdp(version: int, options: dict[str, Any], mesh: dict[str, int], **kwargs:
 
 def _deepspeed(stage: int, zero: dict[str, Any], **kwargs: Any) -> Accelerator:
     os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}  # before its first import
+    import deepspeed
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+
+    # Else it compiles a C++ operator first, under a lock that outlives a process that is killed meanwhile.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     # A clipping of 0 is taken for none given, and ends in clipping at 1.
     steps = kwargs.get("gradient_accumulation_steps", 1)

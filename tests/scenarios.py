@@ -286,9 +286,9 @@ def full_parameters(inner: nn.Module, model: nn.Module) -> dict[str, Tensor]:
     if isinstance(model, FullyShardedDataParallel):
         whole = FullyShardedDataParallel.summon_full_params(model, writeback=False)
     elif any(hasattr(p, "ds_id") for p in inner.parameters()):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        whole = GatheredParameters(list(inner.parameters()))
+        whole = deepspeed.zero.GatheredParameters(list(inner.parameters()))
     with whole:
         full = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in inner.named_parameters()}
         return {name.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for name, p in full.items()}

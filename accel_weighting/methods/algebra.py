@@ -34,6 +34,9 @@ def share(old: Tensor, new: Tensor, present: Tensor) -> Tensor:
 RANK = 1e-7
 """Relative eigenvalue of a matrix of cosines below which it counts as 0: gradients are met in float32."""
 
+ROUNDING = 1e-12
+"""Relative difference that the order of a sum can make: a sign that hangs on less would differ from cut to cut."""
+
 LIMIT = 1e3
 """Largest weight, about, that a Gram method may answer with where its own formula has a pole."""
 

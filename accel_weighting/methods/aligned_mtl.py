@@ -44,7 +44,7 @@ class AlignedMTL(GramMethod):
         L = n[:, None] * E[:, keep] * c[keep].sqrt()  # M = LLᵀ; its singular values keep the digits that Λ would lose
         V, S, _ = torch.linalg.svd(L, full_matrices=False)
         keep = S / S[0] > torch.finfo(M.dtype).eps * len(M)
-        V, S = V[:, keep], S[keep]
+        V, S = V[:, keep] * (n > 0)[:, None], S[keep]  # a zero gradient's row is rounding, which 1/S would magnify
         sigma = {"min": S[-1], "median": S.median(), "rmse": S.square().mean().sqrt()}[self.scale]
         B = sigma * (V / S) @ V.T
         return B.mean(1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from accel_weighting.methods.adam import adam_state, adam_step
-from accel_weighting.methods.algebra import share
+from accel_weighting.methods.algebra import ROUNDING, share
 from accel_weighting.statistics import Method, State, Statistics, initial_vector
 
 
@@ -124,7 +124,8 @@ class GradNorm(Method):
             state["initial_losses"] = torch.where(on, d * L_0 + (1 - d) * L, L_0)
 
         G = w * n
-        s = torch.sign(G - G[on].mean() * r**self.alpha)
+        gap = G - G[on].mean() * r**self.alpha
+        s = torch.sign(gap).where(gap.abs() > ROUNDING * G, 0.0)
         if self.optimizer == "sgd":
             proposed = w - self.lr * s * n
         else:

@@ -5,25 +5,23 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from accel_weighting.methods.adam import adam_state, adam_step
-from accel_weighting.methods.algebra import share
+from accel_weighting.methods.algebra import ROUNDING, share
 from accel_weighting.statistics import Method, State, Statistics, initial_vector
+
+REFRESH = 16
+"""Updates from one re-orthogonalisation to the next. In float32 max|RᵀR − I| grows to 5e-7 between them (m = 256)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Rotating(Method):
-    """What RotoGrad and RotoGradNorm have in common: the rotations.
-
-    ``R_k`` descends ``−Σ_n ⟨R_kᵀ g̃_{n,k}, v_n⟩``, ``v_n = (1/K) Σ_j u_{n,j}`` held constant, where ``g̃ = R_k g`` is the
-    gradient at the rotated features. With the matrices ``U_k = G_k / ‖G_k‖`` of all rows that is ``∇_{R_k} = −R_k M_k``
-    (in units of ``‖G_k‖``), ``M_k = (1/K) Σ_j U_kᵀ U_j``. On SO(d) only the skew part ``B_k = M_k − M_kᵀ`` counts.
-    """
+class _Settings:
+    """The hyperparameters of the rotations, in a class of their own: ``init`` is a function of methods too."""
 
     size: int | None = None
     dim: int = -1
@@ -36,34 +34,48 @@ class _Rotating(Method):
     cooperative_after: int | None = None
     initial_rotations: str = field(init=False, default="identity")
 
-    rotate: ClassVar[bool] = True
-    acts_on: ClassVar[Literal["losses", "shared"]] = "shared"
-
     def __post_init__(self, init: Any) -> None:
-        # The class has a function of the same name, which is therefore the argument's default.
-        if callable(init):
-            init = getattr(getattr(init, "__self__", None), "initial_rotations", "identity")
+        if isinstance(owner := getattr(init, "__self__", None), _Settings):
+            init = owner.initial_rotations  # dataclasses.replace reads the attribute of that name: the function
         object.__setattr__(self, "initial_rotations", init)
+        coop = self.cooperative_after
         for valid, name, value, rule in (
             (self.size is None or self.size >= 1, "size", self.size, "be None or at least 1"),
             (0 < self.lr < math.inf, "lr", self.lr, "be positive and finite"),
             (0 < self.lr_decay <= 1, "lr_decay", self.lr_decay, "lie in (0, 1]"),
             (self.burn_in >= 0, "burn_in", self.burn_in, "be at least 0"),
             (init in ("identity", "haar"), "init", init, "be 'identity' or 'haar'"),
-            (
-                self.cooperative_after is None or self.cooperative_after >= 0,
-                "cooperative_after",
-                self.cooperative_after,
-                "be None or at least 0",
-            ),
+            (coop is None or coop >= 0, "cooperative_after", coop, "be None or at least 0"),
         ):
             if not valid:
                 raise ValueError(f"Parameter `{name}` must {rule}. Found `{name} = {value!r}`.")
 
+    def __repr__(self) -> str:
+        """Short, as it stands in every message: what differs from the defaults."""
+        names = {"initial_rotations": "init"}
+        values = ((f, getattr(self, f.name)) for f in fields(self))
+        changed = [f"{names.get(f.name, f.name)}={value!r}" for f, value in values if value != f.default]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+
+class _Rotating(_Settings, Method):
+    """What RotoGrad and RotoGradNorm have in common: the rotations.
+
+    ``R_k`` descends ``−Σ_n ⟨R_kᵀ g̃_{n,k}, v_n⟩``, ``v_n = (1/K) Σ_j u_{n,j}`` held constant, where ``g̃ = R_k g`` is the
+    gradient at the rotated features. With ``U_k = G_k / ‖G_k‖``, whose rows are all samples of the global batch, that
+    is ``∇_{R_k} = −Σ_n g̃_{n,k} v_nᵀ = −‖G_k‖ R_k M_k``, ``M_k = (1/K) Σ_j U_kᵀ U_j``. A step on SO(m) follows its
+    tangent part, ``R_k B_k`` with the skew ``B_k = M_k − M_kᵀ``: the symmetric ``U_kᵀ U_k`` drops out, and skew moments
+    of all pairs of tasks are all that is needed.
+    """
+
+    acts_on: ClassVar[Literal["losses", "shared"]] = "shared"
+
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         """Norms; moments where it rotates; losses where it divides by their initial values."""
-        return frozenset({"norms"} | ({"moments"} if self.rotate else set()) | ({"losses"} if self._ratios else set()))
+        return frozenset(
+            {"norms"} | ({"moments"} if self._rotates else set()) | ({"losses"} if self._ratios else set())
+        )
 
     @property
     def positive_losses(self) -> bool:  # type: ignore[override]
@@ -71,10 +83,14 @@ class _Rotating(Method):
         return self._ratios
 
     @property
+    def _rotates(self) -> bool:
+        return True
+
+    @property
     def _ratios(self) -> bool:
         return self.normalize_losses
 
-    def init(  # type: ignore[no-redef]
+    def init(
         self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
     ) -> tuple[Tensor, State]:
         """Weights of 1, or the initial weights, until the first update."""
@@ -85,7 +101,10 @@ class _Rotating(Method):
             state["initial_losses"] = unknown
         if self.normalize_losses:
             state["loss_weights"] = torch.ones_like(w)
-        return w, state
+        return w, state | self._state_of_weights(len(w))
+
+    def _state_of_weights(self, tasks: int) -> State:
+        return {}
 
     def widen(self, state: State, width: int) -> State:
         """Rotations ``[K, m, m]`` for a shared representation of ``width`` features, once that is known."""
@@ -123,29 +142,33 @@ class _Rotating(Method):
         return state
 
     def _turn(self, state: State, statistics: Statistics, updates: int) -> State:
-        """One step of the rotations along their gradients of unit norm."""
-        if not self.rotate or "rotations" not in state or statistics.moments is None:
+        """One step of the rotations along their gradients in units of ``‖G_k‖``."""
+        if not self._rotates or "rotations" not in state or statistics.moments is None:
             return state
         assert statistics.norms is not None
         R, moments = state["rotations"], statistics.moments
         on = statistics.present & (statistics.norms > 0)
-        K, pairs = len(on), statistics.moments[: len(on) * (len(on) - 1) // 2]
+        if not on.any():
+            return state
+        lr = self.lr * self.lr_decay**updates
+        K = len(on)
+        pairs, tasks = moments.split([K * (K - 1) // 2, len(moments) - K * (K - 1) // 2])
         u = torch.where(on, 1 / statistics.norms, 0.0)
         C = torch.zeros(K, len(pairs), dtype=torch.float64)  # B_k = Σ_j D_kj / (K n_k n_j), D_jk = −D_kj
         for p, (k, j) in enumerate(torch.triu_indices(K, K, 1).T.tolist()):
             C[k, p] = u[k] * u[j] / on.sum()
             C[j, p] = -C[k, p]
-        b = C.to(moments) @ pairs
+        x = _beside(lr * C, moments) @ pairs
         if self.cooperative_after is not None and updates >= self.cooperative_after:
-            t = -moments[len(pairs) :]
-            length = b.norm(dim=1, keepdim=True)
-            b = (b + t * (length / t.norm(dim=1, keepdim=True).clamp(min=1e-300))) / 2
-        lr = self.lr * self.lr_decay**updates
-        turned = retract(R, skew((lr * b).to(R.dtype), R.shape[-1]), cayley=self.lr > 0.1)
-        return state | {"rotations": torch.where(on.to(R.device)[:, None, None], turned, R)}
+            length, own = (y.norm(dim=1, keepdim=True) for y in (x, tasks))
+            x = (x - tasks * torch.where(own > 0, length / own, 0.0)) / 2  # −: each task descends its own loss
+        turned = retract(R, skew(x.to(R.dtype), R.shape[-1]), cayley=lr > 0.1)
+        if lr > 0.1 or (updates + 1) % REFRESH == 0:
+            turned = orthogonalise(turned)
+        return state | {"rotations": turned if on.all() else torch.where(_beside(on, R)[:, None, None], turned, R)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RotoGrad(_Rotating):
     r"""Makes the task gradients at the shared representation alike: in magnitude by weights, in direction by rotations.
 
@@ -153,12 +176,16 @@ class RotoGrad(_Rotating):
     Head k sees ``r_k = R_k z``, ``R_k ∈ SO(d)``. With the gradients ``G_k = ∇_z L_k`` over the global batch and their
     norms ``n_k``:
 
-    - magnitudes: the trunk receives ``C Σ_k G_k / n_k`` with ``C = Σ_k α_k n_k``, ``α_k ∝ n_k / n_k(0)``, ``Σα = 1``, that is
+    - magnitudes: the trunk receives ``C Σ_k G_k / n_k`` with ``C = Σ_k α_k n_k``, ``α_k ∝ n_k / n_k(0)``, ``Σα = 1``:
       weights ``ω_k = C / n_k`` on the shared path; heads keep their raw gradients (Algorithm 1);
-    - directions: ``∇_{R_k} = −Σ_n g̃_{n,k} v_nᵀ``, with ``v_n`` the mean over tasks of the rows of ``G_j / n_j``.
+    - directions: ``R_k`` descends along ``∇_{R_k} = −Σ_n g̃_{n,k} v_nᵀ``, where ``g̃`` is the gradient at ``r_k`` and
+      ``v_n`` the mean over tasks of the rows of ``G_j / n_j``, held constant.
 
-    Only the skew moments ``G_kᵀ G_j − G_jᵀ G_k``, k < j, are needed: K(K−1)/2 · m(m−1)/2 numbers in the all-reduce for
-    rotations of m features. The rotations themselves are K·m² numbers, the same on every process.
+    With ``lag=0`` the magnitudes are the paper's, decided in the very backward they act on; rotations always move after
+    the step. Only the skew moments ``G_kᵀ G_j − G_jᵀ G_k``, k < j, are needed: K(K−1)/2 · m(m−1)/2 numbers in the
+    all-reduce for rotations of m features. The rotations themselves are K·m² numbers, the same on every process.
+
+    A task that is absent, or whose gradient vanishes, keeps its weight and its rotation; the means run over the others.
 
     Args:
         rotate: False: magnitudes only.
@@ -166,12 +193,15 @@ class RotoGrad(_Rotating):
         size: Rotates the first ``size`` features only; None: all.
         dim: The dimension of z that holds the features: −1, or 1 for feature maps ``[batch, channels, …]``. All other
             positions are samples.
-        lr: Step of the rotations, in radians where gradients are coherent.
-        lr_decay: Factor on ``lr`` after every update; the rotations must come to rest before the network (§4.2).
+        lr: Step of the rotations. In one update a rotation turns by at most ``lr (K − 1) / K`` radians in any plane,
+            reached by a single sample whose tasks pull at right angles.
+        lr_decay: Factor on ``lr`` after every update; the rotations must come to rest before the network (§4.2). The
+            default halves it in 6,931 updates; the authors' example takes 0.99999.
         burn_in: Initial norms (and losses) are taken at a task's first update and again at this one.
         init: ``"identity"``: the model's function is unchanged at the start. ``"haar"``: uniform on SO(d).
         seed: Of ``"haar"``; the same on all processes.
-        normalize_losses: Divides every loss by its initial value, for the heads too, as the authors' option does.
+        normalize_losses: Divides every loss by its initial value, for the heads too, as the authors' option does; from
+            the second step on, when that value is known.
         cooperative_after: After so many updates the rotations descend the tasks' own losses too, half and half, both
             steps at the length of the first (the first version's cooperative mode). None: never.
 
@@ -186,33 +216,40 @@ class RotoGrad(_Rotating):
         tensor([2.0000, 0.6667], dtype=torch.float64)
     """
 
-    rotate: bool = True  # type: ignore[misc]
+    rotate: bool = True
     scale: bool = True
 
+    @property
+    def _rotates(self) -> bool:
+        return self.rotate
+
     def weigh(self, state: State, statistics: Statistics) -> Tensor:
-        """ω of Algorithm 1 for these norms."""
-        w = state["weights"]
-        if not self.scale:
-            return w
-        assert statistics.norms is not None
-        n = statistics.norms * state.get("loss_weights", torch.ones_like(w))
-        n_0 = state["initial_norms"] * state.get("loss_weights", torch.ones_like(w))
-        on = statistics.present & (n > 0)
-        if not on.any():
-            return w
-        alpha = torch.where(on, n / torch.where(n_0 > 0, n_0, n), 0.0)
-        C = (alpha / alpha.sum() * n).sum()
-        return torch.where(on, C / n, w)
+        """ω of Algorithm 1 for these norms, acting on gradients of the losses as they were weighted until now."""
+        remembered = self._remember(state, statistics)
+        if self.normalize_losses:
+            remembered["loss_weights"] = state["loss_weights"]
+        return self._magnitudes(remembered, statistics)
 
     def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
         """New weights from this window's norms, and one step of the rotations."""
         updates = int(state["updates"])
         state = self._turn(self._remember(state, statistics), statistics, updates)
-        state["weights"] = self.weigh(state, statistics)
+        state["weights"] = self._magnitudes(state, statistics)
         return state["weights"], state
 
+    def _magnitudes(self, state: State, statistics: Statistics) -> Tensor:
+        w, n, n_0 = state["weights"], statistics.norms, state["initial_norms"]
+        assert n is not None
+        on = statistics.present & (n > 0)
+        if not self.scale or not on.any():
+            return w
+        alpha = torch.where(on, n / torch.where(n_0 > 0, n_0, n), 0.0)
+        n = n * state.get("loss_weights", torch.ones_like(w))
+        C = (alpha / alpha.sum() * n).sum()
+        return torch.where(on, C / n, w)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class RotoGradNorm(_Rotating):
     """RotoGrad's rotations with GradNorm's weights, both at the shared representation; heads keep their raw gradients.
 
@@ -258,12 +295,8 @@ class RotoGradNorm(_Rotating):
     def _ratios(self) -> bool:
         return True
 
-    def init(  # type: ignore[override]
-        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        """Weights of 1, or the initial weights."""
-        w, state = super().init(tasks, initial_weights)
-        return w, state | adam_state(len(tasks))
+    def _state_of_weights(self, tasks: int) -> State:
+        return adam_state(tasks)
 
     def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
         """One step of the weights, one of the rotations."""
@@ -279,45 +312,62 @@ class RotoGradNorm(_Rotating):
             r = r * (on.sum() / r.sum().clamp(min=torch.finfo(r.dtype).tiny))
             w_on = torch.where(on, w, 0.0)
             mean_gradient = (w_on @ M @ w_on).clamp(min=0).sqrt() / on.sum()
-            s = torch.sign(w * n - mean_gradient * r**self.alpha)
+            gap = w * n - mean_gradient * r**self.alpha
+            s = torch.sign(gap).where(gap.abs() > ROUNDING * w * n, 0.0)
             gradient = s * w * n - w / w_on.sum() * (w_on * s * n).sum()
             v, moments = adam_step(w.log(), gradient, state, on, self.weights_lr)
             state |= moments | {"weights": share(w, v.exp(), on)}
         return state["weights"], state
 
 
+def _beside(values: Tensor, like: Tensor) -> Tensor:
+    """Small CPU values where ``like`` lives, without the host waiting for it."""
+    if like.is_cuda:
+        values = values.pin_memory()
+    return values.to(like.device, non_blocking=True)
+
+
 @functools.lru_cache(maxsize=8)
-def _triangle(m: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _places(m: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For every entry of a skew matrix, in rows: which entry of its strict upper triangle it is, and its sign."""
     i, j = torch.triu_indices(m, m, 1, device=device)
-    return i, j
+    place = torch.zeros(m, m, dtype=torch.int64, device=device)
+    place[i, j] = place[j, i] = torch.arange(len(i), device=device)
+    sign = torch.ones(m, m, dtype=dtype, device=device)
+    return place.flatten(), (sign.triu(1) - sign.tril(-1)).flatten()
 
 
 def skew(b: Tensor, m: int) -> Tensor:
     """Skew matrices ``[K, m, m]`` from their strict upper triangles ``[K, m(m−1)/2]``."""
-    upper = b.new_zeros(len(b), m, m)
-    i, j = _triangle(m, b.device)
-    upper[:, i, j] = b
-    return upper - upper.mT
+    if m == 1:
+        return b.new_zeros(len(b), 1, 1)
+    place, sign = _places(m, b.dtype, b.device)
+    return b.index_select(1, place).mul_(sign).view(len(b), m, m)
 
 
 def retract(R: Tensor, X: Tensor, cayley: bool = False) -> Tensor:
-    """``R exp(X)`` for skew ``X`` to second order, on SO(m) again.
+    """``R exp(X)`` to second order for skew ``X``, on SO(m) up to rounding and, for the series, ``|X|⁶/64``.
 
-    The series ``R (I + X + X²/2)`` errs by ``|X|⁴/4`` in ``RᵀR``, which one Newton–Schulz step squares and which keeps
-    float32 from drifting.
+    The series ``I + X + X²/2 + X³/8`` begins that of the rotation ``I + X²/2 + X √(I + X²/4)``. What it adds to R is
+    summed up first, so that float32 rounds R once.
 
     Args:
         R: Rotations, ``[K, m, m]``.
-        X: Skew, ``[K, m, m]``; of norm at most 0.2 unless ``cayley``.
+        X: Skew, ``[K, m, m]``; of spectral norm at most 0.1 unless ``cayley``.
         cayley: Uses ``R (I − X/2)⁻¹ (I + X/2)``, orthogonal for steps of any length, at the price of a solve.
     """
     if cayley:
         I = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)  # noqa: E741  the identity
-        R = R @ torch.linalg.solve(I - X / 2, I + X / 2)
-    else:
-        Y = torch.bmm(R, X)
-        R = torch.baddbmm(R + Y, Y, X, alpha=0.5)
-    return torch.baddbmm(R, R, torch.bmm(R.mT, R), beta=1.5, alpha=-0.5)
+        return torch.baddbmm(R, R, torch.linalg.solve(I - X / 2, X))
+    Y = torch.bmm(R, X)
+    Z = torch.bmm(Y, X)
+    return Y.add_(Z, alpha=0.5).baddbmm_(Z, X, alpha=0.125).add_(R)
+
+
+def orthogonalise(R: Tensor) -> Tensor:
+    """One Newton–Schulz step ``R (3I − RᵀR) / 2``, which squares the error of ``RᵀR``; in float64 whatever R is in."""
+    W = R if R.device.type == "mps" else R.double()
+    return torch.baddbmm(W, W, torch.bmm(W.mT, W), beta=1.5, alpha=-0.5).to(R.dtype)
 
 
 def haar(K: int, m: int, seed: int) -> Tensor:

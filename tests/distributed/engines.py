@@ -39,13 +39,15 @@ class Row:
     world: int = 2
     setup: dict[str, Any] = field(default_factory=dict)
     fsdp_heads: bool = False
+    own_policy: bool = False
 
 
-def _policy() -> Any:
-    """Half precision inside, outputs and reductions in float32: the policy that the documentation advises."""
+def policy(precision: str) -> Any:
+    """Half precision inside, outputs and reductions in float32: the policy that our warning advises."""
     from torch.distributed.fsdp import MixedPrecisionPolicy  # noqa: TID251  FSDP2's own
 
-    return MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
+    inside = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return MixedPrecisionPolicy(inside, reduce_dtype=inside and torch.float32, output_dtype=inside and torch.float32)
 
 
 ROWS = [
@@ -57,7 +59,7 @@ ROWS = [
     Row("FSDP2", "fsdp2"),
     Row("FSDP2, heads are units", "fsdp2", fsdp_heads=True),
     Row("FSDP2 no reshard", "fsdp2", setup={"fsdp": {"reshard_after_forward": False}}),
-    Row("FSDP2 own policy", "fsdp2", setup={"fsdp": {"mixed_precision_policy": _policy()}}, fsdp_heads=True),
+    Row("FSDP2 own policy", "fsdp2", own_policy=True, fsdp_heads=True),
     Row("HSDP 2x2", "hsdp", world=4),
     Row("ZeRO-0", "zero0"),
     Row("ZeRO-1", "zero1"),
@@ -120,6 +122,9 @@ IMPOSSIBLE = {
     "DeepSpeed has no fp16 on a CPU": lambda row, choice: (
         row.engine.startswith("zero") and choice["precision"] == "fp16"
     ),
+    "DeepSpeed reduces float64 in ZeRO's stages only": lambda row, choice: (
+        row.engine == "zero0" and choice["precision"] == "float64"
+    ),
 }
 
 
@@ -128,8 +133,8 @@ def cell(row: Row, choice: Choice) -> Cell:
     method, options = METHODS[choice["method"]]
     precision = PRECISIONS[choice["precision"]]
     setup = {**row.setup, **precision.get("setup", {})}
-    if choice["precision"] in ("float64", "float32") and "fsdp" in setup:
-        setup["fsdp"] = {name: value for name, value in setup["fsdp"].items() if name != "mixed_precision_policy"}
+    if row.own_policy:
+        setup["fsdp"] = {"mixed_precision_policy": policy(choice["precision"])}
     if choice["compile"]:
         setup["dynamo_backend"] = "aot_eager"
     return Cell(

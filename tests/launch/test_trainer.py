@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -68,10 +67,13 @@ def make_model():
 def make_trainer(folder, method="gradnorm", fsdp=False, **options):
     warnings.simplefilter("error", ResourceWarning)
     from accelerate import PartialState
+    from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
     from transformers import TrainingArguments
 
     from accel_weighting.integrations.trainer import WeightedTrainer
+
+    AcceleratorState._reset_state(reset_partial_state=True)
 
     class InOrder(WeightedTrainer):
         def _get_train_sampler(self, *args):
@@ -129,7 +131,7 @@ def told(trainer):
         "losses": torch.tensor([[entry[f"loss/{task}"] for task in TASKS] for entry in logs]),
         "micro_batches": trainer.weighter.statistics.micro_batches,
         "parameters": parameters(trainer.accelerator.unwrap_model(trainer.model_wrapped)),
-        "logs": trainer.state.log_history,
+        "logs": list(trainer.state.log_history),
         "state": trainer.weighter.state_dict(),
     }
 
@@ -164,39 +166,8 @@ def plain_loop(method, batch_size=4, accumulation=3):
     return {"weights": torch.tensor(weights), "parameters": parameters(accelerator.unwrap_model(model))}
 
 
-def both(folder, method):
-    return plain_loop(method), trained(folder, method)
-
-
-def assert_same(a, b, tolerance):
-    assert a["weights"].shape == b["weights"].shape
-    torch.testing.assert_close(a["weights"], b["weights"], rtol=tolerance, atol=0)
-    torch.testing.assert_close(a["parameters"], b["parameters"], rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_the_trainer_gives_the_plain_loops_weights(tmp_path, world):
-    for method in METHODS if world == 1 else ["gradnorm", "rotograd"]:
-        runs = run_ranks(both, world, tmp_path, tmp_path / method, method)
-        for plain, trainer in runs:
-            assert trainer["world"] == world
-            assert trainer["type"] == ("MULTI_CPU" if world == 2 else "NO")
-            assert trainer["micro_batches"] == {1: 1, 2: 4}[world]  # the last window is short: 10 = 3+3+3+1, 5 = 3+2
-            assert_same(plain, trainer, 1e-6)
-            assert trainer["weights"].std(0).min() > 1e-3  # they did move
-
-
 def many_cuts(folder, cuts):
     return [trained(folder, per_device_train_batch_size=size, gradient_accumulation_steps=k) for size, k in cuts]
-
-
-def test_weights_do_not_depend_on_the_cut(tmp_path):
-    """Steps of eight rows: at once, in two micro-batches, on two processes."""
-    at_once, in_two = run_ranks(many_cuts, 1, tmp_path, tmp_path / "one", [(8, 1), (4, 2)])[0]
-    on_two = run_ranks(many_cuts, 2, tmp_path, tmp_path / "two", [(4, 1), (2, 2)])[0]
-    for run in (in_two, *on_two):
-        assert_same(at_once, run, 1e-5)
-        torch.testing.assert_close(at_once["losses"], run["losses"], rtol=1e-5, atol=0)
 
 
 def interrupted(folder, fsdp=False):
@@ -204,35 +175,11 @@ def interrupted(folder, fsdp=False):
     whole = trained(folder / "whole", fsdp=fsdp)
     half = len(whole["weights"]) - 1
     trained(folder / "part", fsdp=fsdp, max_steps=half, save_strategy="steps", save_steps=half)
-    resumed = trained(folder / "part", fsdp=fsdp, resume=str(folder / "part" / f"checkpoint-{half}"))
-    return whole, resumed
-
-
-@pytest.mark.parametrize("engine", ["one", "ddp", "fsdp2"])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, engine):
-    runs = run_ranks(interrupted, 1 if engine == "one" else 2, tmp_path, tmp_path, engine == "fsdp2")
-    for whole, resumed in runs:
-        assert whole["type"] == {"one": "NO", "ddp": "MULTI_CPU", "fsdp2": "FSDP"}[engine]
-        assert torch.equal(whole["weights"], resumed["weights"])
-        assert torch.equal(whole["losses"], resumed["losses"])
-        assert torch.equal(whole["state"]["record"]["rows"], resumed["state"]["record"]["rows"])
-        for name, value in whole["parameters"].items():
-            assert torch.equal(value, resumed["parameters"][name]), name
-    last = max((tmp_path / "part").glob("checkpoint-*"))
-    kept = torch.load(last / "weighter.pt", weights_only=True)
-    assert kept["kind"] == "accel_weighting.Weighter"
-
-
-def with_ddp_and_fsdp(folder, fsdp):
-    return trained(folder, fsdp=fsdp)
-
-
-def test_fsdp2_gives_ddps_weights(tmp_path):
-    ddp = run_ranks(with_ddp_and_fsdp, 2, tmp_path, tmp_path / "ddp", False)
-    fsdp = run_ranks(with_ddp_and_fsdp, 2, tmp_path, tmp_path / "fsdp", True)
-    for a, b in zip(ddp, fsdp, strict=True):
-        assert b["type"] == "FSDP"
-        assert_same(a, b, 1e-5)
+    checkpoint = folder / "part" / f"checkpoint-{half}"
+    resumed = trained(folder / "part", fsdp=fsdp, resume=str(checkpoint))
+    state = torch.load(checkpoint / "weighter.pt", weights_only=True)
+    log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return whole, resumed, state["kind"], [entry["weight/kind"] for entry in log]
 
 
 def evaluated(folder):
@@ -255,35 +202,95 @@ def evaluated(folder):
     return without, with_evaluation, calls, metrics, [p.shape for p in predictions]
 
 
-def test_evaluation_in_between_changes_nothing(tmp_path):
-    for without, with_evaluation, calls, metrics, shapes in run_ranks(evaluated, 2, tmp_path, tmp_path):
+def all_runs(folder, methods, cuts, fsdp):
+    """One launch for all, since what a launch costs is importing."""
+    runs = {
+        "loops": {method: (plain_loop(method), trained(folder / method, method)) for method in methods},
+        "cuts": many_cuts(folder / "cuts", cuts),
+        "interrupted": interrupted(folder / "ddp"),
+        "evaluated": evaluated(folder / "evaluated"),
+    }
+    if fsdp:
+        runs["fsdp2"] = interrupted(folder / "fsdp2", fsdp=True)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    return run_ranks(all_runs, 1, folder, folder, list(METHODS), [(8, 1), (4, 2)], False, timeout=180)[0]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    return run_ranks(all_runs, 2, folder, folder, ["gradnorm", "rotograd"], [(4, 1), (2, 2)], True, timeout=300)
+
+
+def assert_same(a, b, tolerance):
+    assert a["weights"].shape == b["weights"].shape
+    torch.testing.assert_close(a["weights"], b["weights"], rtol=tolerance, atol=0)
+    torch.testing.assert_close(a["parameters"], b["parameters"], rtol=tolerance, atol=tolerance)
+
+
+def test_the_trainer_gives_the_plain_loops_weights(one, two):
+    for world, runs in ((1, one), *((2, run) for run in two)):
+        for plain, trainer in runs["loops"].values():
+            assert trainer["world"] == world
+            assert trainer["type"] == ("MULTI_CPU" if world == 2 else "NO")
+            assert trainer["micro_batches"] == {1: 1, 2: 4}[world]  # the last window is short: 10 = 3+3+3+1, 5 = 3+2
+            assert_same(plain, trainer, 1e-6)
+            assert trainer["weights"].std(0).min() > 1e-3  # they did move
+
+
+def test_weights_do_not_depend_on_the_cut(one, two):
+    """Steps of eight rows: at once, in two micro-batches, on two processes."""
+    at_once, in_two = one["cuts"]
+    for run in (in_two, *(run for rank in two for run in rank["cuts"])):
+        assert_same(at_once, run, 1e-5)
+        torch.testing.assert_close(at_once["losses"], run["losses"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("engine", ["one", "ddp", "fsdp2"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(one, two, engine):
+    ranks = [one] if engine == "one" else two
+    for run in ranks:
+        whole, resumed, kind, _ = run["fsdp2" if engine == "fsdp2" else "interrupted"]
+        assert whole["type"] == {"one": "NO", "ddp": "MULTI_CPU", "fsdp2": "FSDP"}[engine]
+        assert kind == "accel_weighting.Weighter"
+        assert torch.equal(whole["weights"], resumed["weights"])
+        assert torch.equal(whole["losses"], resumed["losses"])
+        assert torch.equal(whole["state"]["record"]["rows"], resumed["state"]["record"]["rows"])
+        for name, value in whole["parameters"].items():
+            assert torch.equal(value, resumed["parameters"][name]), name
+
+
+def test_fsdp2_gives_ddps_weights(two):
+    for run in two:
+        assert_same(run["interrupted"][0], run["fsdp2"][0], 1e-5)
+
+
+def test_evaluation_in_between_changes_nothing(one, two):
+    for run in (one, *two):
+        without, with_evaluation, calls, metrics, shapes = run["evaluated"]
         assert torch.equal(without["weights"], with_evaluation["weights"])
         assert torch.equal(without["losses"], with_evaluation["losses"])
-        assert sum("eval_loss" in entry for entry in with_evaluation["logs"]) == 5  # four steps, and at the start
-        assert calls == [True] * 10  # micro-batches of training alone
+        steps = len(with_evaluation["weights"])
+        assert sum("eval_loss" in entry for entry in with_evaluation["logs"]) == steps + 1  # and at the start
+        assert set(calls) == {True} and len(calls) == (20 if run is one else 10)  # micro-batches of training alone
         assert metrics["eval_loss"] > 0
         assert not any("weight/" in name for name in metrics)
         assert shapes == [(12, 3), (12, 1)]  # predictions, no losses among them
 
 
-def test_weights_losses_and_norms_are_in_the_logs_and_the_trainers_state(tmp_path):
-    (run,) = run_ranks(trained, 1, tmp_path, tmp_path, "gradnorm", False, None)
-    logs = [entry for entry in run["logs"] if "loss" in entry]
+def test_weights_losses_and_norms_are_in_the_logs_and_the_trainers_state(one):
+    whole, _, _, in_the_file = one["interrupted"]
+    logs = [entry for entry in whole["logs"] if "loss" in entry]
     names = {f"{group}/{task}" for group in ("weight", "loss", "loss_cov", "grad_norm") for task in TASKS}
     assert names | {"cosine/kind·size", "weighting/skipped_steps", "loss", "grad_norm", "epoch"} <= set(logs[-1])
     total = sum(logs[0][f"loss/{task}"] for task in TASKS)  # weights are 1 in the first step
     assert logs[0]["loss"] == pytest.approx(total, rel=1e-4)
-
-
-def saved(folder):
-    trained(folder, save_strategy="steps", save_steps=4)
-    return json.loads((Path(folder) / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
-
-
-def test_the_trainers_state_on_disk_has_them_too(tmp_path):
-    (history,) = run_ranks(saved, 1, tmp_path, tmp_path)
-    assert [entry["step"] for entry in history] == [1, 2, 3, 4]
-    assert all(0 < entry["weight/kind"] < 2 for entry in history)
+    assert in_the_file == [entry["weight/kind"] for entry in logs[:-1]]
 
 
 def refused(folder):

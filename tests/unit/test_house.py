@@ -20,7 +20,7 @@ MAY = {
     "window": {"statistics"},
     "branch": {"checks"},
     "record": {"statistics"},
-    "plot": set(),
+    "plot": {"record"},
     "fold": {"branch", "checks"},
     "processes": {"checks", "window"},
     "weighter": {"branch", "checks", "fold", "processes", "record", "statistics", "window"},

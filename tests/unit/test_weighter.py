@@ -439,24 +439,27 @@ def test_tasks_that_share_no_sample_meet_at_the_shared_layer():
 # ---- other gradients through the branch --------------------------------------------------------------------------
 
 
-def test_row_31_a_generators_step_through_the_discriminator_is_not_recorded():
+@pytest.mark.parametrize("when", ["before", "between micro-batches", "after"])
+def test_row_31_a_generators_step_through_the_discriminator_is_not_recorded(when):
     torch.manual_seed(0)
     generator = nn.Linear(6, 6).double()
-    weighter, model = weighter_and_model()
-    x, y = batch(0, 2, torch.float64)
-    for order in ("before", "after"):
-        if order == "before":
-            fooled = sum(task_losses(model(generator(x)), y).values())
-            fooled.backward()
-        weighter.backward(losses_of(model))
-        if order == "after":
-            generator.zero_grad()
-            fooled = sum(task_losses(model(generator(x)), y).values())
-            fooled.backward()
-        assert_statistics_by_hand(weighter, model)
-        twin = net()
-        expected = torch.autograd.grad(sum(task_losses(twin(generator(x)), y).values()), generator.weight)[0]
-        torch.testing.assert_close(generator.weight.grad, expected, **EXACT)
+    accelerator = fake_accelerator(sync=False)
+    weighter, model = weighter_and_model(accelerator=accelerator, initial_weights={"depth": 0.5})
+
+    def fool(model):
+        x, y = batch(0, 2, torch.float64)
+        return sum(task_losses(model(generator(x)), y).values())
+
+    for moment in ("before", "first", "between micro-batches", "last", "after"):
+        accelerator.sync_gradients = moment == "last"
+        if moment in ("first", "last"):
+            weighter.backward(losses_of(model))
+        elif moment == when:
+            fool(model).backward()
+    G = gradients_by_hand(model)
+    torch.testing.assert_close(weighter.statistics.gram, G @ G.T / 2, **EXACT)  # the same rows twice, each at 1/2
+    expected = torch.autograd.grad(fool(net()), generator.weight)[0]
+    torch.testing.assert_close(generator.weight.grad, expected, **EXACT)
 
 
 def test_a_users_own_gradient_between_forward_and_backward():
@@ -582,27 +585,51 @@ def test_an_evaluation_of_one_head_between_two_micro_batches_leaves_no_trace():
 # ---- checkpointing and compilation ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["heads inside", "heads outside"])
-@pytest.mark.parametrize("reentrant", [True, False], ids=["re-entrant", "not re-entrant"])
-@pytest.mark.parametrize("method", [GRADNORM, MGDA()], ids=["losses", "shared"])
-def test_row_33_activation_checkpointing(reentrant, inside, method):
-    def run(model, x):
-        if inside:
-            stacked = checkpoint(lambda x: torch.stack(list(model(x).values())), x, use_reentrant=reentrant)
-            return dict(zip(TASKS, stacked, strict=True))
+def checkpointed(model, x, where, reentrant):
+    if where == "the model":
+        stacked = checkpoint(lambda x: torch.stack(list(model(x).values())), x, use_reentrant=reentrant)
+        return dict(zip(TASKS, stacked, strict=True))
+    if where == "the trunk":
         return each(model.heads, checkpoint(lambda x: representation(model, x), x, use_reentrant=reentrant))
+    z = representation(model, x)
+    return {task: checkpoint(head, z, use_reentrant=reentrant) for task, head in model.heads.items()}
 
+
+@pytest.mark.parametrize(
+    ("where", "reentrant"),
+    [
+        ("the model", True),
+        ("the model", False),
+        ("the trunk", True),
+        ("the trunk", False),
+        ("every head apart", False),
+    ],
+)
+@pytest.mark.parametrize("method", [GRADNORM, MGDA()], ids=["losses", "shared"])
+def test_row_33_activation_checkpointing(where, reentrant, method):
     weighter, model = weighter_and_model(method)
     for step in range(2):
         x, y = batch(step, 2, torch.float64)
         weights = weighter.weights
         model.zero_grad()
-        weighter.backward(task_losses(run(model, x.requires_grad_()), y))
+        weighter.backward(task_losses(checkpointed(model, x.requires_grad_(), where, reentrant), y))
         assert weighter.statistics.step == step
         assert_statistics_by_hand(weighter, model, step)
         if method.acts_on == "losses":
             assert_gradients_by_hand(model, weights, step)
     assert len(set(weights.values())) == 2
+
+
+def test_row_33_heads_recomputed_in_backwards_of_their_own_give_norms_only():
+    weighter, model = weighter_and_model()
+    x, y = batch(0, 2, torch.float64)
+    weighter.backward(task_losses(checkpointed(model, x, "every head apart", True), y))
+    torch.testing.assert_close(weighter.statistics.norms, gradients_by_hand(net()).norm(dim=1), **EXACT)
+    assert weighter.statistics.gram is None
+    assert_gradients_by_hand(model, {"depth": 1, "seg": 1})
+    needy, model = weighter_and_model(MGDA())
+    with pytest.raises(RuntimeError, match="heads were fed different tensors"):
+        needy.backward(task_losses(checkpointed(model, x, "every head apart", True), y))
 
 
 @pytest.fixture

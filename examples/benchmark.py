@@ -1,0 +1,634 @@
+"""What weighting costs: step times, memory and collectives, each against a plain weighted sum measured in the same run.
+
+Every method trains a model of its own. In each round all of them take one step, in a shuffled order, so that what else
+the machine does meets all alike; a ratio is taken within a round, and the table shows the median of the rounds with the
+quartiles. A second plain loop, "plain again", shows how far two equal loops lie apart: no smaller difference means
+anything. On a CPU the ratio of the processor times stands beside, which does not count waiting for other jobs.
+
+    python examples/benchmark.py --cpu
+    accelerate launch --config_file launch_configs/cpu_2.yaml examples/benchmark.py --cpu
+    python examples/benchmark.py --cpu --groups peers --peers
+
+Memory is the largest sum of tensors that were alive at one moment, from the construction of the model to the end of its
+third step. Prints a table and writes `benchmark.json` and `benchmark.png` to `--output_dir`.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import accelerate
+import torch
+import torch.distributed as dist  # noqa: TID251  to count what others send
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed, tqdm
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+from transformers import BertConfig, BertModel
+
+import accel_weighting
+from accel_weighting import CoVWeighting, GradNorm, IMTLG, RotoGrad, Weighter
+from accel_weighting.selfcheck import accelerator_on_cpu, describe_engine
+
+Step = Callable[[], list[float]]
+
+
+class Shape(NamedTuple):
+    """What a model is made of, and what it is fed with."""
+
+    trunk: str
+    tasks: int
+    width: int
+    layers: int
+    length: int
+    batch_size: int
+    head_outputs: int
+    tokens: bool
+
+
+class ConvLayer(nn.Module):
+    """A residual convolution; a unit of its own under FSDP."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm, self.conv = nn.GroupNorm(8, width), nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The features, with what the convolution adds to them."""
+        return x + F.relu(self.conv(self.norm(x)))
+
+
+class ConvTrunk(nn.Module):
+    """Residual convolutions on images of `length` × `length` pixels, halved twice."""
+
+    def __init__(self, width: int, layers: int):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 4, stride=4)
+        self.layers = nn.ModuleList(ConvLayer(width) for _ in range(layers))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of all places, `[batch, places, width]`."""
+        x = self.stem(images)
+        for layer in self.layers:
+            x = layer(x)
+        return x.flatten(2).mT
+
+
+class BertTrunk(nn.Module):
+    """BERT's encoder without dropout."""
+
+    def __init__(self, width: int, layers: int, length: int):
+        super().__init__()
+        config = BertConfig(
+            vocab_size=1024,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=max(1, width // 64),
+            intermediate_size=4 * width,
+            max_position_embeddings=length,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        self.bert = BertModel(config, add_pooling_layer=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Features of all tokens, `[batch, tokens, width]`."""
+        return self.bert(ids).last_hidden_state
+
+
+class Net(nn.Module):
+    """A trunk and one linear head per task, on the mean of the features or on every token."""
+
+    _no_split_modules = ("BertLayer", "ConvLayer")  # where FSDP finds its units
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        bert = shape.trunk == "bert"
+        self.trunk = BertTrunk(shape.width, shape.layers, shape.length) if bert else ConvTrunk(shape.width, shape.layers)
+        self.tokens = shape.tokens
+        self.heads = nn.ModuleList(nn.Linear(shape.width, shape.head_outputs) for _ in range(shape.tasks))
+
+    def represent(self, inputs: Tensor) -> Tensor:
+        """The shared representation."""
+        z = self.trunk(inputs)
+        return z if self.tokens else z.mean(1)
+
+    def forward(self, inputs: Tensor) -> list[Tensor]:
+        """The answers to all tasks."""
+        z = self.represent(inputs)
+        return [head(z) for head in self.heads]
+
+
+class Data:
+    """One batch of noise: what is in it does not matter to the clock."""
+
+    def __init__(self, shape: Shape, device: torch.device):
+        if shape.trunk == "bert":
+            self.inputs = torch.randint(1024, (shape.batch_size, shape.length), device=device)
+            places = shape.length
+        else:
+            self.inputs = torch.randn(shape.batch_size, 3, shape.length, shape.length, device=device)
+            places = (shape.length // 4) ** 2
+        rows = shape.batch_size * (places if shape.tokens else 1)
+        self.labels = torch.randint(shape.head_outputs, (shape.tasks, rows), device=device)
+
+    def losses(self, outputs: list[Tensor]) -> list[Tensor]:
+        """One cross entropy per task."""
+        return [F.cross_entropy(out.flatten(0, -2), label) for out, label in zip(outputs, self.labels, strict=True)]
+
+
+# ---- the loops that are compared: each gives a function that takes one optimizer step and returns its losses ----------
+
+
+def loop(
+    accelerator: Accelerator,
+    net: nn.Module,
+    optimizer: Any,
+    data: Data,
+    backward: Callable[[list[Tensor]], Any],
+    forward: Callable[[Tensor], list[Tensor]] | None = None,
+) -> Step:
+    """The loop that all have in common."""
+    forward = forward or net
+
+    def step() -> list[float]:
+        for _ in range(accelerator.gradient_accumulation_steps):
+            with accelerator.accumulate(net):
+                losses = data.losses(forward(data.inputs))
+                backward(losses)
+                optimizer.step()
+                optimizer.zero_grad()
+        return [loss.detach() for loss in losses]
+
+    return step
+
+
+def prepared(accelerator: Accelerator, shape: Shape, lr: float) -> tuple[nn.Module, Any, Data]:
+    set_seed(0)
+    net = Net(shape)
+    net, optimizer = accelerator.prepare(net, torch.optim.AdamW(net.parameters(), lr=lr))
+    return net, optimizer, Data(shape, accelerator.device)
+
+
+def plain(accelerator: Accelerator, shape: Shape, lr: float) -> tuple[Step, Any]:
+    """The weighted sum, by hand."""
+    net, optimizer, data = prepared(accelerator, shape, lr)
+    weights = [1.0] * shape.tasks
+    return loop(
+        accelerator,
+        net,
+        optimizer,
+        data,
+        lambda losses: accelerator.backward(sum(w * loss for w, loss in zip(weights, losses, strict=True))),
+    ), None
+
+
+def weighted(method: Callable[[], Any], **options: Any) -> Callable[..., tuple[Step, Any]]:
+    """This library."""
+
+    def make(accelerator: Accelerator, shape: Shape, lr: float) -> tuple[Step, Any]:
+        net, optimizer, data = prepared(accelerator, shape, lr)
+        tasks = [f"task {k}" for k in range(shape.tasks)]
+        heads = {task: f"heads.{k}" for k, task in enumerate(tasks)}
+        weighter = Weighter(method(), tasks, accelerator=accelerator, heads=heads, model=net, **options)
+        return loop(accelerator, net, optimizer, data, weighter.backward), lambda: list(weighter.weights.values())
+
+    return make
+
+
+def gradnorm_pytorch(at: str) -> Callable[..., tuple[Step, Any]]:
+    """lucidrains/gradnorm-pytorch, at the weight of the last shared layer or at the shared representation."""
+
+    def make(accelerator: Accelerator, shape: Shape, lr: float) -> tuple[Step, Any]:
+        from gradnorm_pytorch import GradNormLossWeighter
+
+        net, optimizer, data = prepared(accelerator, shape, lr)
+        last = [p for name, p in net.trunk.named_parameters() if p.ndim > 1][-1]
+        weighter = GradNormLossWeighter(
+            num_losses=shape.tasks,
+            learning_rate=0.025,
+            restoring_force_alpha=1.5,
+            grad_norm_parameters=last if at == "parameter" else None,
+            accelerator=accelerator,
+        )
+        z: list[Tensor] = []
+
+        def forward(inputs: Tensor) -> list[Tensor]:
+            z[:] = [net.represent(inputs)]
+            return [head(z[0]) for head in net.heads]
+
+        def backward(losses: list[Tensor]) -> None:
+            weighter.backward(losses, activations=None if at == "parameter" else z[0])
+
+        return loop(accelerator, net, optimizer, data, backward, forward), lambda: weighter.loss_weights.tolist()
+
+    return make
+
+
+def rotograd_package(accelerator: Accelerator, shape: Shape, lr: float) -> tuple[Step, Any]:
+    """adrianjav/rotograd, with the settings of its README."""
+    import rotograd
+
+    set_seed(0)
+    net, data = Net(shape).to(accelerator.device), Data(shape, accelerator.device)
+    net.trunk.forward, represent = net.represent, net.trunk.forward  # the package wants one module that gives z
+    net.represent = None  # type: ignore[assignment]
+    trunk = _Calls(lambda inputs: represent(inputs) if shape.tokens else represent(inputs).mean(1), net.trunk)
+    model = rotograd.RotoGrad(trunk, list(net.heads), shape.width)
+    groups = [{"params": list(model.model_parameters())}, {"params": list(model.parameters()), "lr": lr / 2}]
+    optimizer = torch.optim.AdamW(groups, lr=lr)
+
+    def step() -> list[float]:
+        for _ in range(accelerator.gradient_accumulation_steps):
+            with rotograd.cached():
+                losses = data.losses(model(data.inputs))
+                model.backward(losses)
+        optimizer.step()
+        optimizer.zero_grad()
+        return [loss.detach() for loss in losses]
+
+    return step, None
+
+
+class _Calls(nn.Module):
+    """A module that has another's parameters and calls a function."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], module: nn.Module):
+        super().__init__()
+        self.function, self.module = function, module
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """What the function gives."""
+        return self.function(inputs)
+
+
+def torchjd_backward(accelerator: Accelerator, shape: Shape, lr: float) -> tuple[Step, Any]:
+    """TorchJD's mtl_backward with UPGrad: a Jacobian of all shared parameters."""
+    from torchjd.aggregation import UPGrad
+    from torchjd.autojac import jac_to_grad, mtl_backward
+
+    net, optimizer, data = prepared(accelerator, shape, lr)
+    aggregator, z = UPGrad(), []
+    shared = list(net.trunk.parameters())
+    own = [list(head.parameters()) for head in net.heads]
+
+    def forward(inputs: Tensor) -> list[Tensor]:
+        z[:] = [net.represent(inputs)]
+        return [head(z[0]) for head in net.heads]
+
+    def backward(losses: list[Tensor]) -> None:
+        mtl_backward(losses, features=z[0], tasks_params=own, shared_params=shared)
+        jac_to_grad(shared, aggregator)
+
+    return loop(accelerator, net, optimizer, data, backward, forward), None
+
+
+def k_backwards(accelerator: Accelerator, shape: Shape, lr: float) -> tuple[Step, Any]:
+    """LibMTL's way: one backward per task through the whole trunk, all gradients kept, then IMTL-G's weights."""
+    net, optimizer, data = prepared(accelerator, shape, lr)
+    shared = list(net.trunk.parameters())
+    tasks = ["task %d" % k for k in range(shape.tasks)]
+    method = IMTLG()
+    state = method.init(tasks)[1]
+
+    def backward(losses: list[Tensor]) -> None:
+        nonlocal state
+        rows = []
+        for loss in losses:
+            for p in shared:
+                p.grad = None
+            loss.backward(retain_graph=True)
+            rows.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in shared]))
+        J = torch.stack(rows)
+        gram = (J @ J.T).double().cpu()
+        present = torch.ones(shape.tasks, dtype=torch.bool)
+        seen = torch.stack(losses).detach().double().cpu()
+        w, state = method.update(state, accel_weighting.Statistics(seen, present, gram.diagonal().sqrt(), gram))
+        total = w.to(J) @ J
+        for p, g in zip(shared, total.split([p.numel() for p in shared]), strict=True):
+            p.grad = g.view_as(p)
+
+    return loop(accelerator, net, optimizer, data, backward), None
+
+
+METHODS = {
+    "GradNorm": weighted(GradNorm),
+    "CoV": weighted(lambda: CoVWeighting(total="tasks")),
+    "IMTL-G": weighted(IMTLG),
+}
+ROTATIONS = {
+    "RotoGrad": weighted(RotoGrad),
+    "RotoGrad, every 2nd step": weighted(RotoGrad, update_every=2),
+    "RotoGrad, rotate=False": weighted(lambda: RotoGrad(rotate=False)),
+}
+PEERS = {
+    "gradnorm-pytorch, parameter": gradnorm_pytorch("parameter"),
+    "gradnorm-pytorch, activations": gradnorm_pytorch("activations"),
+    "K backwards (LibMTL's way)": k_backwards,
+    "TorchJD mtl_backward": torchjd_backward,
+    "rotograd": rotograd_package,
+}
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """What was measured of one loop."""
+
+    group: str
+    name: str
+    tasks: int
+    milliseconds: float
+    ratio: list[float]  # lower quartile, median, upper quartile
+    cpu_ratio: list[float] | None
+    memory: float | None
+    collectives: float
+    kilobytes: float
+    note: str
+
+
+class Sent:
+    """Counts the all-reduces that go through torch.distributed's Python interface: an engine's own do not."""
+
+    def __init__(self) -> None:
+        self.calls = self.bytes = 0
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Counts inside of the block."""
+        original = dist.all_reduce
+
+        def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            self.bytes += tensor.numel() * tensor.element_size()
+            return original(tensor, *args, **kwargs)
+
+        dist.all_reduce = all_reduce
+        try:
+            yield
+        finally:
+            dist.all_reduce = original
+
+
+def peak_memory(make: Callable[[], tuple[Step, Any]], device: torch.device) -> float:
+    """The most bytes of tensors alive at one moment, over construction and three steps."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step, _ = make()
+        for _ in range(3):
+            step()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step, _ = make()
+        for _ in range(3):
+            step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def measure(
+    accelerator: Accelerator, group: str, shape: Shape, loops: dict[str, Any], args: argparse.Namespace
+) -> list[Row]:
+    """All loops of one group, interleaved step by step."""
+    device, on_cpu = accelerator.device, accelerator.device.type == "cpu"
+    loops = {"plain": plain, "plain again": plain, **loops}
+    steps: dict[str, Step] = {}
+    weights: dict[str, Any] = {}
+    memory: dict[str, float] = {}
+    notes = dict.fromkeys(loops, "")
+    sent = {name: Sent() for name in loops}
+    bar = tqdm(total=len(loops) + args.rounds, desc=f"{group} K={shape.tasks}", mininterval=1, leave=False)
+    for name, make in loops.items():
+        try:
+            if args.memory:
+                memory[name] = peak_memory(lambda make=make: make(accelerator, shape, args.lr), device)
+            steps[name], weights[name] = make(accelerator, shape, args.lr)
+            for _ in range(3):
+                last = steps[name]()
+            for _ in range(2):  # an even number, for what happens at every second step
+                with sent[name].counting():
+                    steps[name]()
+        except Exception as error:
+            steps.pop(name, None)
+            notes[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:70]}"
+            if name.startswith("plain"):
+                raise
+        bar.update()
+
+    wall: dict[str, list[float]] = {name: [] for name in steps}
+    cpu: dict[str, list[float]] = {name: [] for name in steps}
+    order, shuffle = list(steps), random.Random(0)
+    for _ in range(args.rounds):
+        shuffle.shuffle(order)  # alike on all processes
+        for name in order:
+            accelerator.wait_for_everyone()
+            synchronize(device)
+            start, cpu_start = time.perf_counter(), time.process_time()
+            last = steps[name]()
+            synchronize(device)
+            wall[name].append(time.perf_counter() - start)
+            cpu[name].append(time.process_time() - cpu_start)
+            if not all(torch.isfinite(loss) for loss in last):
+                notes[name] = "diverged: a loss is not finite"
+        bar.update()
+    bar.close()
+
+    rows = []
+    for name in loops:
+        if name not in steps:
+            rows.append(Row(group, name, shape.tasks, float("nan"), [], None, memory_ratio(memory, name), 0, 0, notes[name]))
+            continue
+        ended = weights[name]() if weights[name] else []
+        if any(not w > 0 for w in ended):
+            notes[name] = "; ".join(filter(None, [notes[name], f"a weight is {min(ended):.2f}"]))
+        rows.append(
+            Row(
+                group,
+                name,
+                shape.tasks,
+                1e3 * statistics.median(wall[name]),
+                quartiles([a / b for a, b in zip(wall[name], wall["plain"], strict=True)]),
+                quartiles([a / b for a, b in zip(cpu[name], cpu["plain"], strict=True)]) if on_cpu else None,
+                memory_ratio(memory, name),
+                sent[name].calls / 2,
+                sent[name].bytes / 2 / 1e3,
+                notes[name],
+            )
+        )
+    accelerator.free_memory()
+    return rows
+
+
+def memory_ratio(memory: dict[str, float], name: str) -> float | None:
+    return memory[name] / memory["plain"] if name in memory else None
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# ---- output ----------------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[Row]) -> str:
+    """All rows as a Markdown table."""
+    head = ["", "K", "step, ms", "× plain [quartiles]", "processor time", "memory", "all-reduces", "kB", ""]
+    lines = [head, ["---"] * len(head)]
+    for group, members in itertools.groupby(rows, lambda row: (row.group, row.tasks)):
+        lines.append([f"**{group[0]}**", str(group[1]), *[""] * 7])
+        for row in members:
+            spread = [f"{q[1]:.3f} [{q[0]:.3f}, {q[2]:.3f}]" if q else "–" for q in (row.ratio, row.cpu_ratio)]
+            memory = "not measured" if row.memory is None else f"{row.memory:.3f}"
+            sent = [f"{row.collectives:g}", f"{row.kilobytes:.1f}"]
+            time_ = f"{row.milliseconds:.1f}" if row.ratio else "–"
+            lines.append([row.name, str(row.tasks), time_, *spread, memory, *sent, row.note])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width, "-" if cell == "---" else " ") for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Ratios with their quartiles: over the number of tasks for the weights, one bar each for the others."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    over_tasks = [row for row in rows if row.group.startswith("weights") and row.ratio and row.name != "plain"]
+    single = [row for row in rows if not row.group.startswith("weights") and row.ratio and row.name != "plain"]
+    figure, axes = plt.subplots(1, 2, figsize=(12, 0.5 + max(4, 0.32 * len(single))), layout="constrained")
+    for i, name in enumerate(dict.fromkeys(row.name for row in over_tasks)):
+        own = [row for row in over_tasks if row.name == name]
+        middle = [row.ratio[1] for row in own]
+        reach = [[row.ratio[1] - row.ratio[0] for row in own], [row.ratio[2] - row.ratio[1] for row in own]]
+        places = [row.tasks * 1.03**i for row in own]
+        style = {"color": "0.6", "linestyle": "--"} if name == "plain again" else {}
+        axes[0].errorbar(places, middle, reach, label=name, marker="o", capsize=2, **style)
+    if over_tasks:
+        axes[0].set(xscale="log", xlabel="tasks", ylabel="step time / plain weighted sum")
+        counts = sorted({row.tasks for row in over_tasks})
+        axes[0].set_xticks(counts, counts)
+        axes[0].minorticks_off()
+        axes[0].axhline(1, color="0.8", zorder=0)
+        axes[0].legend(frameon=False)
+    labels = [f"{row.group}: {row.name}" for row in single]
+    axes[1].barh(labels, [row.ratio[1] for row in single], color=["0.7" if "plain" in n else "C0" for n in labels])
+    axes[1].axvline(1, color="0.3", linewidth=0.8)
+    axes[1].invert_yaxis()
+    axes[1].set(xlabel="step time / plain weighted sum")
+    if any(row.ratio[1] > 4 for row in single):
+        axes[1].set_xscale("log")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where and with what it ran."""
+    modules = (torch, accelerate, transformers, accel_weighting)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in modules}},
+    }
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trunk", choices=["bert", "conv"], default="bert", help="(default: bert)")
+    parser.add_argument("--layers", type=int, default=4, help="of the trunk (default: 4)")
+    parser.add_argument("--width", type=int, default=256, help="of the trunk in the group weights (default: 256)")
+    parser.add_argument("--length", type=int, default=64, help="tokens, or pixels a side of an image (default: 64)")
+    parser.add_argument("--batch_size", type=int, default=8, help="per micro-batch and process (default: 8)")
+    parser.add_argument("--head_outputs", type=int, default=8, help="of every head; 8,192 are large heads (default: 8)")
+    parser.add_argument("--tasks", default="2,4,8,16,32", help="numbers of tasks in the group weights (default: 2,4,8,16,32)")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step (default: 1)")
+    parser.add_argument(
+        "--groups",
+        default="weights,rotations",
+        help="of weights (GradNorm, CoV, IMTL-G), rotations (RotoGrad at 3 tasks, pooled and tokens) and peers "
+        "(default: weights,rotations)",
+    )
+    parser.add_argument("--rotation_width", type=int, default=512, help="of the trunk and the rotations (default: 512)")
+    parser.add_argument("--rotation_length", type=int, default=128, help="tokens of a row, for tokens (default: 128)")
+    parser.add_argument("--peers", action="store_true", help="other libraries in the group peers; extra `benchmark`")
+    parser.add_argument("--rounds", type=int, default=40, help="steps of every method (default: 40)")
+    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of AdamW (default: 0.0001)")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="(default: no)")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure it (default: yes)")
+    parser.add_argument("--json", type=Path, help="(default: benchmark.json in --output_dir)")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark"), help="(default: %(default)s)")
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU, also where there are accelerators")
+    args = parser.parse_args()
+    args.groups = args.groups.split(",")
+    if unknown := sorted(set(args.groups) - {"weights", "rotations", "peers"}):
+        parser.error(f"--groups: {', '.join(unknown)} not among weights, rotations, peers")
+    args.tasks = [int(k) for k in args.tasks.split(",")]
+    if args.peers and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("--peers runs in one process; examples/peers_correctness.py shows what they do in two")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    options = {"gradient_accumulation_steps": args.accumulation, "mixed_precision": args.mixed_precision}
+    accelerator = accelerator_on_cpu(**options) if args.cpu else Accelerator(**options)
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise SystemExit("The launched processes do not see each other. Without accelerators, add --cpu.")
+    shape = Shape(args.trunk, 0, args.width, args.layers, args.length, args.batch_size, args.head_outputs, False)
+    wide = shape._replace(tasks=3, width=args.rotation_width)
+    groups = []
+    if "weights" in args.groups:
+        groups += [("weights", shape._replace(tasks=K), METHODS) for K in args.tasks]
+    if "rotations" in args.groups:
+        long = wide._replace(tokens=True, length=args.rotation_length if args.trunk == "bert" else args.length)
+        groups += [("rotations, pooled", wide, ROTATIONS), ("rotations, tokens", long, ROTATIONS)]
+    if "peers" in args.groups:
+        loops = {"GradNorm": METHODS["GradNorm"], "IMTL-G": METHODS["IMTL-G"], "RotoGrad": ROTATIONS["RotoGrad"]}
+        groups.append(("peers", shape._replace(tasks=3), {**loops, **(PEERS if args.peers else {})}))
+
+    rows: list[Row] = []
+    for name, group_shape, loops in groups:
+        rows += measure(accelerator, name, group_shape, loops, args)
+    where = machine(accelerator.device) | {"processes": accelerator.num_processes, "engine": describe_engine(accelerator)}
+    accelerator.print(table(rows))
+    accelerator.print(
+        f"{where['engine']}, {where['processes']} process(es), {where['threads']} thread(s) each, device {where['device']}; "
+        f"{args.rounds} rounds"
+    )
+    if accelerator.is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        path = args.json or args.output_dir / "benchmark.json"
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        path.write_text(json.dumps({"settings": settings, "machine": where, "rows": [row._asdict() for row in rows]}))
+        draw(rows, args.output_dir / "benchmark.png")
+        print(f"Results are in {args.output_dir}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
