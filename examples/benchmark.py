@@ -115,7 +115,9 @@ class Net(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
         bert = shape.trunk == "bert"
-        self.trunk = BertTrunk(shape.width, shape.layers, shape.length) if bert else ConvTrunk(shape.width, shape.layers)
+        self.trunk = (
+            BertTrunk(shape.width, shape.layers, shape.length) if bert else ConvTrunk(shape.width, shape.layers)
+        )
         self.tokens = shape.tokens
         self.heads = nn.ModuleList(nn.Linear(shape.width, shape.head_outputs) for _ in range(shape.tasks))
 
@@ -455,7 +457,9 @@ def measure(
     rows = []
     for name in loops:
         if name not in steps:
-            rows.append(Row(group, name, shape.tasks, float("nan"), [], None, memory_ratio(memory, name), 0, 0, notes[name]))
+            rows.append(
+                Row(group, name, shape.tasks, float("nan"), [], None, memory_ratio(memory, name), 0, 0, notes[name])
+            )
             continue
         ended = weights[name]() if weights[name] else []
         if any(not w > 0 for w in ended):
@@ -504,7 +508,9 @@ def table(rows: list[Row]) -> str:
             lines.append([row.name, str(row.tasks), time_, *spread, memory, *sent, row.note])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "| " + " | ".join(cell.ljust(width, "-" if cell == "---" else " ") for cell, width in zip(line, widths, strict=True)) + " |"
+        "| "
+        + " | ".join(cell.ljust(width, "-" if cell == "---" else " ") for cell, width in zip(line, widths, strict=True))
+        + " |"
         for line in lines
     )
 
@@ -564,7 +570,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=64, help="tokens, or pixels a side of an image (default: 64)")
     parser.add_argument("--batch_size", type=int, default=8, help="per micro-batch and process (default: 8)")
     parser.add_argument("--head_outputs", type=int, default=8, help="of every head; 8,192 are large heads (default: 8)")
-    parser.add_argument("--tasks", default="2,4,8,16,32", help="numbers of tasks in the group weights (default: 2,4,8,16,32)")
+    parser.add_argument(
+        "--tasks", default="2,4,8,16,32", help="numbers of tasks in the group weights (default: 2,4,8,16,32)"
+    )
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step (default: 1)")
     parser.add_argument(
         "--groups",
@@ -578,7 +586,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=40, help="steps of every method (default: 40)")
     parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of AdamW (default: 0.0001)")
     parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="(default: no)")
-    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure it (default: yes)")
+    parser.add_argument(
+        "--memory", action=argparse.BooleanOptionalAction, default=True, help="measure it (default: yes)"
+    )
     parser.add_argument("--json", type=Path, help="(default: benchmark.json in --output_dir)")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark"), help="(default: %(default)s)")
     parser.add_argument("--cpu", action="store_true", help="run on the CPU, also where there are accelerators")
@@ -613,7 +623,10 @@ def main() -> None:
     rows: list[Row] = []
     for name, group_shape, loops in groups:
         rows += measure(accelerator, name, group_shape, loops, args)
-    where = machine(accelerator.device) | {"processes": accelerator.num_processes, "engine": describe_engine(accelerator)}
+    where = machine(accelerator.device) | {
+        "processes": accelerator.num_processes,
+        "engine": describe_engine(accelerator),
+    }
     accelerator.print(table(rows))
     accelerator.print(
         f"{where['engine']}, {where['processes']} process(es), {where['threads']} thread(s) each, device {where['device']}; "

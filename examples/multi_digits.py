@@ -35,13 +35,17 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import ViTConfig, ViTModel
 
 import accel_weighting
-from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, Weighter, plot_history
+from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, RotoGrad, RotoGradNorm, Weighter, plot_history
 
-# To try another method, add a row. All of these keep the sum of the weights, so that learning rates stay comparable.
+# To try another method, add a row. Those that weigh losses keep the sum, so that learning rates stay comparable.
 METHODS = {
     "equal": EqualWeighting(),
     "gradnorm": GradNorm(alpha=0.0),  # a squared error can fall further than a cross entropy: rates do not compare
     "cov": CoVWeighting(total="tasks"),
+    "rotograd": RotoGrad(),
+    "rotate": RotoGrad(scale=False),
+    "scale": RotoGrad(rotate=False),
+    "rotograd_norm": RotoGradNorm(alpha=0.0),
 }
 
 
