@@ -359,7 +359,10 @@ class Branch:
         if block.decide is not None and block.met:
             raise checks.second_join_of_a_step()
         block.arrived |= arrived
-        block.met |= bool(arrived)
+        block.met |= bool(arrived) or not block.present
+        if block.decide is not None and not block.present:  # there is nothing to add, but others wait for this process
+            some = next(g for g in gradients if g is not None)
+            block.shared_weights = block.decide(_wide(some.new_zeros(len(gradients), len(gradients))))
         if arrived and (block.record or block.decide is not None):
             self._measure(block, [g if k in arrived else None for k, g in enumerate(gradients)], inputs, mask)
         if block.shared_weights is None:
@@ -403,7 +406,7 @@ class Branch:
         if z is not None:
             Z = features(z)
             products += [zeros if a is None else a.T @ Z / c[k] for k, a in enumerate(G)]
-        return torch.stack(products) if products else zeros[None, :0]
+        return torch.stack(products) if products else zeros[None][:0]
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -226,8 +226,9 @@ def item_counts(num_items: Any, losses: Mapping[str, Any], tasks: Sequence[str])
     for task, count in given.items():
         if isinstance(count, Tensor) and count.ndim == 0 and count.device.type == "cpu":
             count = count.item()
-        if isinstance(count, numbers.Real) and not isinstance(count, bool) and count >= 0 and count % 1 == 0:
-            counts[task] = float(count)
+        number = float(count) if isinstance(count, numbers.Real) and not isinstance(count, bool) else -1.0
+        if number >= 0 and number.is_integer():
+            counts[task] = number
         else:
             wrong[task] = count
     if wrong:
@@ -426,6 +427,20 @@ def unrelated_gradients(method: str, step: int) -> RuntimeError:
         f"{method} needs the inner products of the tasks' gradients, but at optimizer step {step} the heads were fed "
         "different tensors, so that only norms are known. Call `weighter.branch(z)` once in the model's forward and "
         "derive every head's input from its own alias."
+    )
+
+
+def no_sample_is_shared(method: str, rotates: bool) -> str:
+    """Gradients of different tasks sit in different rows of z."""
+    cure = (
+        "The rotations stay where they are."
+        if rotates
+        else "Give `shared_layer`, an nn.Linear whose output is the branch point: gradients of different samples meet at "
+        "its weight."
+    )
+    return (
+        f"{method} compares the gradients of different tasks, but no sample of this window had two of them, so that at the "
+        f"shared representation their inner products are exactly 0 and no conflict can be seen. {cure}"
     )
 
 

@@ -20,6 +20,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from . import CoVWeighting, GradNorm, Method, RotoGrad, Statistics, Weighter
+from . import CoVWeighting, GradNorm, Method, RotoGrad, Statistics, Weighter, __version__
 from .processes import Processes
 
 TASKS = ("small", "middle", "large")
@@ -52,9 +53,9 @@ TOLERANCES = {"no": 2e-4, "fp16": 2e-2, "bf16": 1e-1, "fp8": 2e-1}
 
 MEANING = {
     "alone": (
-        "{launched} processes were launched, and each of them believes that it is alone. They would run {launched} separate "
-        "trainings, each on all of the data. On a CPU, launch with ACCELERATE_USE_CPU=true or build Accelerator(cpu=True), "
-        "as --cpu does here. On GPUs, see whether torch.cuda.is_available()."
+        "{launched} processes were launched, and each of them believes that it is alone: {launched} separate trainings "
+        "would run, each on all of the data. On a CPU, launch with ACCELERATE_USE_CPU=true or build "
+        "Accelerator(cpu=True), as --cpu does here. On GPUs, see whether torch.cuda.is_available()."
     ),
     "started one": (
         "The launcher was told of several processes (it set MASTER_ADDR) and started one. `accelerate launch --cpu "
@@ -62,23 +63,27 @@ MEANING = {
     ),
     "count": "There are {processes} processes, not the {expected} that --expect asks for.",
     "statistics": (
-        "Losses or gradient norms are not those of the global batch. In training, weights would depend on the number of "
-        "processes and on accumulation: a result from one machine would not carry over to sixteen."
+        "Losses or gradient norms are not those of the global batch. In training, weights would depend on the number "
+        "of processes and on accumulation: what was found on one machine would not hold on sixteen."
     ),
     "weights": (
         "The statistics are right and the weights are not: in training, tasks would be weighted by something else than "
         "what the method says."
     ),
-    "ranks": (
-        "The processes do not hold the same weights, bit by bit. In training, each would follow an objective of its own, "
-        "and the mean of their gradients would belong to none."
-    ),
     "model": (
-        "The weights are right, but the model that the engine trained is not the one that these weights give. Look for "
+        "The weights are right, and the model that the engine trained is not the one that they give. Look for "
         "gradients that are not averaged over the processes (is the model prepared?), clipped, or scaled."
     ),
-    "error": "The training itself failed; the error stands above. No training in this configuration will get further.",
+    "ranks": (
+        "The processes do not hold the same weights, bit by bit. In training, each would follow an objective of its "
+        "own, and the mean of their gradients would belong to none."
+    ),
+    "error": (
+        "The training stopped with the error above, and any other training in this configuration can be expected to. "
+        "Processes that disagree did not meet in the all-reduce: they were built differently, or it did not happen."
+    ),
 }
+"""What a failure means for training."""
 
 COST = (
     "a step of plain training {plain_ms:.2f} ms, weighted by GradNorm {weighted_ms:.2f} ms, ratio {ratio:.3f}; the one "
@@ -140,16 +145,20 @@ class Trajectory:
         gram: ``[steps, K, K]``, or nothing where the method needs none.
         weights: ``[steps, K]``.
         rotations: ``[K, m, m]`` at the end, or nothing.
-        before: The model's answers to fixed questions before the training, ``[rows, K]``.
-        after: The same after it.
+        learned: By how much the model's answers to fixed questions changed, ``[rows, K]``.
     """
 
     losses: Tensor
     gram: Tensor
     weights: Tensor
     rotations: Tensor
-    before: Tensor
-    after: Tensor
+    learned: Tensor
+
+    @classmethod
+    def of(cls, seen: Sequence[Sequence[Tensor]], rotations: Tensor | None, learned: Tensor) -> Trajectory:
+        """From the losses, Gram matrix and weights of every step."""
+        losses, gram, weights = (torch.stack(column) for column in zip(*seen, strict=True))
+        return cls(losses, gram, weights, torch.zeros(0) if rotations is None else rotations.double().cpu(), learned)
 
     @property
     def digest(self) -> str:
@@ -192,12 +201,12 @@ def by_hand(method: Any, net: Net, steps: int, rows: int) -> Trajectory:
         losses = torch.stack(list(losses_of(outputs, x).values()))
         on_losses = method.acts_on == "losses"
         (losses @ (w if on_losses else torch.ones_like(w))).backward()
-        G = torch.stack([alias.grad for alias in aliases])  # type: ignore[misc]  # they have one now
+        G = torch.stack([alias.grad for alias in aliases])  # type: ignore[misc]
         G = G / w[:, None, None] if on_losses else G
         z.backward(torch.einsum("k,knd->nd", w, G))
         with torch.no_grad():
             for p in net.parameters():
-                p -= LR * p.grad  # type: ignore[operator]
+                p.sub_(p.grad, alpha=LR)  # type: ignore[arg-type]
                 p.grad = None
         gram, S = torch.einsum("knd,jnd->kj", G, G), G[i].mT @ G[j]
         moments = (S - S.mT)[:, upper[0], upper[1]] if rotates else None
@@ -205,12 +214,8 @@ def by_hand(method: Any, net: Net, steps: int, rows: int) -> Trajectory:
         s = Statistics(losses.detach(), everyone, gram.diagonal().sqrt(), gram, moments, step=step)
         w, state = method.update(state, s)
         seen.append((s.losses, gram, w))
-    return Trajectory(
-        *(torch.stack(column) for column in zip(*seen, strict=True)),
-        state.get("rotations", torch.zeros(0)),
-        before,
-        answers(lambda x: forward(x)[2], rows),
-    )
+    after = answers(lambda x: forward(x)[2], rows)
+    return Trajectory.of(seen, state.get("rotations"), after - before)
 
 
 @torch.no_grad()
@@ -305,20 +310,19 @@ def under_the_engine(setting: Setting, method: Method, net: Net, steps: int) -> 
         process_group=setting.processes.group,
     )
     before = answers(lambda x: setting.ask(model, x), rows)
-    nothing, seen = torch.zeros(0), []
+    seen = []
     for step in range(steps):
         setting.window(model, optimizer, batch(step, rows), weighter.backward)
         s = weighter.statistics
         if s is None:
             raise RuntimeError("A loss or a gradient was not finite, so that the weights were held.")
         weights = torch.tensor(list(weighter.weights.values()), dtype=torch.float64)
-        seen.append((s.losses, nothing if s.gram is None else s.gram, weights))
-    rotations = torch.stack(list(weighter.rotations.values())) if "moments" in method.needs else nothing
+        seen.append((s.losses, torch.zeros(0) if s.gram is None else s.gram, weights))
+    rotations = torch.stack(list(weighter.rotations.values())) if "moments" in method.needs else None
     after = answers(lambda x: setting.ask(model, x), rows)
     weighter.detach()
     setting.accelerator.free_memory(model, optimizer)
-    columns = (torch.stack(column) for column in zip(*seen, strict=True))
-    return Trajectory(*columns, rotations.double().cpu(), before, after)
+    return Trajectory.of(seen, rotations, after - before)
 
 
 def compare(found: Trajectory, true: Trajectory) -> dict[str, float]:
@@ -330,7 +334,7 @@ def compare(found: Trajectory, true: Trajectory) -> dict[str, float]:
     errors["weights"] = (found.weights / true.weights - 1).abs().max()
     if found.rotations.numel():
         errors["rotations"] = (found.rotations - true.rotations).abs().max()
-    errors["model"] = (found.after - true.after).abs().max() / (true.after - true.before).abs().max()
+    errors["model"] = (found.learned - true.learned).abs().max() / true.learned.abs().max()
     return {name: error.item() for name, error in errors.items()}
 
 
@@ -431,19 +435,20 @@ class Report:
         """Micro-batches of all processes."""
         return len(self.summed_over) * self.micro_batches
 
-    def table(self) -> str:
-        """Largest relative differences from the training by hand."""
+    def findings(self) -> str:
+        """Largest relative differences from the training by hand, and the cost."""
         columns = ("losses", "gram", "weights", "rotations", "model")
         lines = [f"  {'method':<14}" + "".join(f"{name:>11}" for name in columns) + "   all processes alike"]
         for name, row in self.methods.items():
             cells = "".join(f"{row[c]:>11.1e}" if c in row else f"{'–':>11}" for c in columns)
             lines.append(f"  {name:<14}{cells}   {'yes, bitwise' if row['ranks_equal'] else 'NO'}")
-        return "\n".join(lines)
+        lines += ["", "  " + COST.format(**self.cost), ""] if self.cost else [""]
+        return "\n".join(lines) if self.methods else ""
 
     def verdict(self) -> str:
         """The last word, and what a failure means for training."""
         if self.passed:
-            return f"PASSED: all differences are below {self.tolerance:.0e}, which rounding explains ({self.seconds:.0f} s)."
+            return f"PASSED in {self.seconds:.0f} s: rounding explains differences below {self.tolerance:.0e}."
         return "\n".join(["FAILED", *(f"  {key}: {MEANING[key].format(**vars(self))}" for key in self.problems)])
 
 
@@ -496,18 +501,18 @@ def accelerator_on_cpu(**kwargs: Any) -> Accelerator:
 
 def check_methods(setting: Setting, report: Report, names: Sequence[str], steps: int) -> None:
     """Trains with every method twice, and writes down where the two differ, the same on all processes."""
-    kinds = {"losses": "statistics", "gram": "statistics", "weights": "weights", "rotations": "weights"}
+    causes = {"statistics": ("losses", "gram"), "weights": ("weights", "rotations"), "model": ("model",)}
     for name in names:
         net = Net(width=16, layers=2)
         copied = copy.deepcopy(net).double()
         found = under_the_engine(setting, METHODS[name], net, steps)
         errors = compare(found, by_hand(METHODS[name], copied, steps, ROWS * setting.blocks))
         everyone = setting.processes.gather((errors, found.digest))
-        worst = {key: max(errors[key] for errors, _ in everyone) for key in errors}
+        worst = {key: max(own[key] for own, _ in everyone) for key in errors}
         alike = len({digest for _, digest in everyone}) == 1
         report.methods[name] = worst | {"ranks_equal": alike, "final_weights": found.weights[-1].tolist()}
-        wrong = [kinds.get(key, key) for key, error in worst.items() if not error <= report.tolerance]
-        report.problems += [key for key in [*wrong, *([] if alike else ["ranks"])] if key not in report.problems]
+        wrong = [c for c, keys in causes.items() if any(not worst.get(key, 0.0) <= report.tolerance for key in keys)]
+        report.problems += [c for c in (*wrong[:1], *(() if alike else ("ranks",))) if c not in report.problems]
 
 
 def check(args: argparse.Namespace) -> Report:
@@ -525,7 +530,12 @@ def check(args: argparse.Namespace) -> Report:
         str(accelerator.device),
         steps=args.steps,
         tolerance=TOLERANCES[accelerator.mixed_precision],
-        versions={"python": platform.python_version(), "torch": torch.__version__, "accelerate": accelerate.__version__},
+        versions={
+            "accel_weighting": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "accelerate": accelerate.__version__,
+        },
     )
     if report.processes == 1 and report.launched is None:
         report.problems.append("started one")
@@ -542,13 +552,11 @@ def check(args: argparse.Namespace) -> Report:
     report.summed_over = [rank for rank, _ in everyone]
     report.machines = dict(Counter(host for _, host in everyone))
     report.micro_batches = args.micro_batches
-    accelerator.print(report.header(), "\n")
+    accelerator.print(f"\naccel_weighting {__version__}\n\n{report.header()}\n", flush=True)
     try:
         check_methods(setting, report, args.methods, args.steps)
-        accelerator.print(report.table(), "\n")
         if args.timings:
             report.cost = cost(setting, args.timings)
-            accelerator.print("  " + COST.format(**report.cost), "\n")
     except Exception:  # whatever it is: the others may wait in a collective that this process will not come to
         traceback.print_exc()
         report.problems.append("error")
@@ -559,10 +567,11 @@ def check(args: argparse.Namespace) -> Report:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit code."""
     args = parser().parse_args(argv)
+    warnings.simplefilter("ignore", FutureWarning)  # the engines' own, at every step
     report = check(args)
     state = PartialState()
     if state.is_main_process:
-        print(report.verdict(), flush=True)
+        print(report.findings(), report.verdict(), sep="\n", flush=True)
         if args.json:
             args.json.write_text(json.dumps(vars(report) | {"passed": report.passed}, indent=2) + "\n")
     if "error" not in report.problems:
@@ -589,8 +598,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cpu",
         action="store_true",
-        help="on the CPU over gloo, whatever the launcher says; also FSDP and DeepSpeed, to try a configuration out on a "
-        "machine without accelerators",
+        help="on the CPU over gloo, FSDP and DeepSpeed too: to try a configuration on a machine without accelerators",
     )
     return parser
 

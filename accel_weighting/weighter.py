@@ -428,6 +428,18 @@ class Weighter:
                 raise checks.negative_losses(repr(self.method), names, losses, statistics.step)
         if split and self.method.needs & {"gram", "moments"}:
             raise checks.unrelated_gradients(repr(self.method), statistics.step)
+        if self.method.needs & {"gram", "moments"}:
+            self._warn_if_no_sample_is_shared(statistics)
+
+    def _warn_if_no_sample_is_shared(self, statistics: Statistics) -> None:
+        """At z, inner products of exactly 0 between all tasks say that no sample has two of them."""
+        M = statistics.gram
+        if "shared" in self._told or self._window.matrices is not None or M is None:
+            return
+        several = (M.diagonal() > 0).sum() > 1
+        if several and not (M - M.diag().diag()).any() and self._processes.rank == 0:
+            self._told.add("shared")
+            checks.logger.warning(checks.no_sample_is_shared(repr(self.method), self._rotates))
 
     def _hold(self, what: str, bad: Sequence[int], step: int) -> None:
         """Weights and state stay as they are for this step, on every process."""
@@ -629,8 +641,8 @@ class Weighter:
         """
         self._finish()
         self.reset()
-        self._frozen = True
-        return _Frozen(self)
+        before, self._frozen = self._frozen, True
+        return _Frozen(self, before)
 
     def unfreeze(self) -> None:
         """Weights move again."""
@@ -717,11 +729,13 @@ def _rows_that_fit(new: Tensor, old: Tensor, rows: Sequence[int | None]) -> Tens
 class _Frozen:
     """``with weighter.freeze():``."""
 
-    def __init__(self, weighter: Weighter) -> None:
+    def __init__(self, weighter: Weighter, before: bool) -> None:
         self._weighter = weighter
+        self._before = before
 
     def __enter__(self) -> Weighter:
         return self._weighter
 
     def __exit__(self, *_: object) -> None:
-        self._weighter.unfreeze()
+        if not self._before:
+            self._weighter.unfreeze()

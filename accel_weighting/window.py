@@ -125,7 +125,7 @@ class Window:
         if self.moments is None:
             return torch.zeros(0, 0, dtype=torch.float64, device=device)
         number, m = self.moments
-        if "moments" not in self._sums:
+        if "moments" not in self._sums or not number:
             return torch.zeros(number, m * (m - 1) // 2, dtype=torch.float64, device=device)
         S = self._sums["moments"].flatten(1)
         upper, lower = _triangles(m, S.device)

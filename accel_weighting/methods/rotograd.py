@@ -151,14 +151,12 @@ class _Rotating(_Settings, Method):
         if not on.any():
             return state
         lr = self.lr * self.lr_decay**updates
-        K = len(on)
-        pairs, tasks = moments.split([K * (K - 1) // 2, len(moments) - K * (K - 1) // 2])
+        k, j = torch.triu_indices(len(on), len(on), 1)
+        pairs, tasks = moments[: len(k)], moments[len(k) :]
         u = torch.where(on, 1 / statistics.norms, 0.0)
-        C = torch.zeros(K, len(pairs), dtype=torch.float64)  # B_k = Σ_j D_kj / (K n_k n_j), D_jk = −D_kj
-        for p, (k, j) in enumerate(torch.triu_indices(K, K, 1).T.tolist()):
-            C[k, p] = u[k] * u[j] / on.sum()
-            C[j, p] = -C[k, p]
-        x = _beside(lr * C, moments) @ pairs
+        C = torch.zeros(len(on), len(k), dtype=torch.float64)  # B_k = Σ_j D_kj / (K n_k n_j), D_jk = −D_kj
+        C.scatter_(0, k[None], (u[k] * u[j])[None]).scatter_(0, j[None], -(u[k] * u[j])[None])
+        x = _beside(lr / on.sum() * C, moments) @ pairs
         if self.cooperative_after is not None and updates >= self.cooperative_after:
             length, own = (y.norm(dim=1, keepdim=True) for y in (x, tasks))
             x = (x - tasks * torch.where(own > 0, length / own, 0.0)) / 2  # −: each task descends its own loss

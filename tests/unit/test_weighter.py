@@ -805,3 +805,24 @@ def test_statistics_are_the_contract():
     assert isinstance(s, Statistics) and s.micro_batches == 1 and s.step == 0 and s.present.dtype == torch.bool
     assert all(t.dtype == torch.float64 and t.device.type == "cpu" for t in (s.losses, s.norms, s.gram))
     assert s.gram.shape == (2, 2) and torch.equal(s.gram, s.gram.T)
+
+
+def test_tasks_that_share_no_sample_are_told_of_the_shared_layer_once(caplog: pytest.LogCaptureFixture) -> None:
+    trunk, heads = torch.nn.Linear(3, 4), {task: torch.nn.Linear(4, 1) for task in "ab"}
+    for layer, warnings in ((None, 1), (trunk, 0)):
+        caplog.clear()
+        weighter = Weighter(MGDA(), ["a", "b"], shared_layer=layer)
+        for _ in range(3):
+            z = weighter.branch(trunk(torch.randn(6, 3)))
+            halves = {"a": z["a"][:3], "b": z["b"][3:]}
+            weighter.backward({task: heads[task](half).square().mean() for task, half in halves.items()})
+        assert weighter.statistics.gram[0, 1].eq(0) == (layer is None)
+        assert sum("shared_layer" in record.message for record in caplog.records) == warnings
+
+
+def test_a_freeze_inside_a_freeze_leaves_the_outer_one() -> None:
+    weighter = Weighter(EqualWeighting(), ["a"])
+    weighter.freeze()
+    with weighter.freeze():
+        assert weighter.frozen
+    assert weighter.frozen

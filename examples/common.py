@@ -1,0 +1,89 @@
+"""What the examples share: where a run is, its checkpoints, and the check that processes know of each other."""
+
+import json
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import matplotlib
+import torch
+from accelerate import Accelerator
+
+import accel_weighting
+from accel_weighting.plot import plot_runs
+
+
+class Progress:
+    """Where a run is. Saved and loaded with the accelerator's state."""
+
+    def __init__(self):
+        self.epoch = self.batches = self.step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """What `accelerator.save_state` keeps."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """What `accelerator.load_state` brings back."""
+        vars(self).update(state)
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """Stops where the launcher started several processes that do not see each other."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise SystemExit(
+            f"{launched} processes were started, and each sees {accelerator.num_processes}: they would train apart.\n"
+            "On a machine without accelerators, write --cpu after the name of the script."
+        )
+    accelerator.print(f"{accelerator.num_processes} processes, {accelerator.distributed_type}")
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
+    """Writes aside and renames, so that whatever is interrupted leaves one whole checkpoint: the latest."""
+    whole, partial = folder / f"step_{step:06d}", folder / "partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()  # every process has written its random state
+    if accelerator.is_main_process:
+        older = list(folder.glob("step_*"))
+        shutil.rmtree(whole, ignore_errors=True)
+        partial.rename(whole)
+        for checkpoint in older:
+            if checkpoint != whole:
+                shutil.rmtree(checkpoint)
+    accelerator.wait_for_everyone()
+
+
+def resume(accelerator: Accelerator, folder: Path, progress: Progress) -> None:
+    """Goes on from the latest checkpoint in `folder`, if there is one."""
+    if checkpoints := sorted(folder.glob("step_*")):
+        accelerator.load_state(str(checkpoints[-1]))
+        accelerator.print(f"resumed after {progress.step} steps")
+
+
+def table(lines: list[list[str]]) -> str:
+    """Rows of cells as text; the first is the heading."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
+
+
+def write_results(folder: Path, name: str, args: Any, runs: dict[str, dict[str, Any]]) -> None:
+    """`name.json` with settings, versions and every run's results and history, and `name.png` with their picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {module.__name__: module.__version__ for module in (torch, accelerate, accel_weighting)}
+    results = {
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "versions": {"python": platform.python_version(), **versions},
+        "runs": runs,
+    }
+    (folder / f"{name}.json").write_text(json.dumps(results))
+    matplotlib.use("Agg")
+    plot_runs({run: result["history"] for run, result in runs.items()}).savefig(folder / f"{name}.png", dpi=120)
+    print(f"Results are in {folder}")

@@ -1,0 +1,160 @@
+"""An encoder with several heads on the same texts, fine-tuned in a plain Accelerate loop with weighted losses.
+
+The default needs no network: short reviews that ship with the examples, a tokenizer trained on them and a small BERT from
+scratch learn what a review is about (classification), how favourable it is (regression), and which words are names
+(tagging). Two sentences in five have no tags and three in ten no rating, so a micro-batch can lack a task: `num_items` says
+how many items every task has in it, and 0 says that it is not there.
+
+    accelerate launch --config_file launch_configs/cpu_2.yaml examples/finetune_text.py --cpu
+
+With your own encoder and data, from the hub or from local folders, and low-rank adapters:
+
+    accelerate launch examples/finetune_text.py --model google-bert/bert-base-cased --dataset conllpp --text tokens \\
+        --classification --regression --tagging ner_tags pos_tags --lora --lr 2e-4 --mixed_precision bf16
+
+Prints a table, and writes `finetune_text.json`, `finetune_text.png` and TensorBoard's records to `--output_dir`.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed, tqdm
+from common import Progress, check_processes, resume, save_checkpoint, table, write_results
+from text_data import Collator, add_arguments, load_texts, load_tokenizer, make_model, make_tokenizer, metrics, score
+from torch.utils.data import DataLoader
+from transformers import get_linear_schedule_with_warmup
+
+from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, RotoGrad, Weighter
+
+# To try another method, add a row.
+METHODS = {
+    "equal": EqualWeighting(),
+    "gradnorm": GradNorm(alpha=0.0),  # a squared error can fall further than a cross entropy: rates do not compare
+    "cov": CoVWeighting(total="tasks"),
+    "rotograd": RotoGrad(),
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--method", choices=METHODS, default="gradnorm", help="weighting method (default: gradnorm)")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps (default: 400)")
+    parser.add_argument("--batch_size", type=int, default=16, help="texts per micro-batch and process (default: 16)")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step (default: 1)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW (default: 0.002)")
+    parser.add_argument("--seed", type=int, default=0, help="of the model and the order (default: 0)")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="(default: no)")
+    parser.add_argument("--checkpoint_dir", type=Path, help="keep the latest checkpoint here")
+    parser.add_argument("--save_every", type=int, default=200, help="optimizer steps between two (default: 200)")
+    parser.add_argument("--resume", action="store_true", help="go on from what is in --checkpoint_dir, if anything is")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/finetune_text"), help="(default: %(default)s)")
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU, also where there are accelerators")
+    args = parser.parse_args()
+    if args.resume and not args.checkpoint_dir:
+        parser.error("--resume needs --checkpoint_dir")
+    return args
+
+
+def evaluate(accelerator: Accelerator, model: Any, loader: DataLoader, tasks: dict[str, Any]) -> dict[str, float]:
+    """`{task: metric}` on all test texts."""
+    model.eval()
+    scores = []
+    with torch.no_grad():
+        for batch in loader:
+            outputs = model(batch["input_ids"], batch["attention_mask"])
+            scores.append(accelerator.gather_for_metrics(score(tasks, outputs, batch)))
+    model.train()
+    return metrics(tasks, torch.cat(scores))
+
+
+def main() -> None:
+    args = parse_args()
+    accelerator = Accelerator(
+        cpu=args.cpu,
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.accumulation,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(str(args.output_dir), logging_dir=str(args.output_dir / "tensorboard")),
+    )
+    check_processes(accelerator)
+    set_seed(args.seed)
+    with accelerator.main_process_first():  # it fills the cache, and makes the tokenizer
+        texts, tasks = load_texts(args)
+        if accelerator.is_main_process and not args.model:
+            make_tokenizer(texts["train"][args.text], args.output_dir / "tokenizer")
+    tokenizer = load_tokenizer(args)
+    collate = Collator(tokenizer, tasks, args.text, args.max_length)
+    model = make_model(args, tasks, tokenizer)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=args.lr)
+    # Accelerate takes as many steps of a schedule as there are processes.
+    world = accelerator.num_processes
+    scheduler = get_linear_schedule_with_warmup(optimizer, args.steps * world // 20, args.steps * world)
+    train_loader = DataLoader(texts["train"], args.batch_size, shuffle=True, drop_last=True, collate_fn=collate)
+    test_loader = DataLoader(texts["test"], 128, collate_fn=collate)
+    model, optimizer, scheduler, train_loader, test_loader = accelerator.prepare(
+        model, optimizer, scheduler, train_loader, test_loader
+    )
+
+    heads = {name: f"heads.{name}" for name in tasks}
+    weighter = Weighter(METHODS[args.method], list(tasks), accelerator=accelerator, heads=heads, model=model)
+    progress = Progress()
+    accelerator.register_for_checkpointing(progress)
+    if args.resume:
+        resume(accelerator, args.checkpoint_dir, progress)
+    settings = {"method": args.method, "lr": args.lr, "seed": args.seed, "weighting": weighter.describe()}
+    accelerator.init_trackers("finetune_text", config=settings)
+
+    start, before = time.perf_counter(), progress.step
+    bar = tqdm(total=args.steps, initial=progress.step, mininterval=1)
+    while progress.step < args.steps:
+        train_loader.set_epoch(progress.epoch)
+        for batch in skip_first_batches(train_loader, progress.batches):
+            with accelerator.accumulate(model):
+                losses = model(**batch)["losses"]
+                weighter.backward(losses, num_items=batch["num_items"])
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            progress.batches += 1
+            if accelerator.sync_gradients:
+                progress.step += 1
+                accelerator.log(weighter.log_values(), progress.step)
+                bar.set_postfix(weighter.weights, refresh=False)
+                bar.update()
+                last = progress.step == args.steps
+                if args.checkpoint_dir and (last or progress.step % args.save_every == 0):
+                    save_checkpoint(accelerator, args.checkpoint_dir, progress.step)
+                if last:
+                    break
+        else:
+            progress.epoch, progress.batches = progress.epoch + 1, 0
+    bar.close()
+    seconds = time.perf_counter() - start
+
+    result = evaluate(accelerator, model, test_loader, tasks)
+    accelerator.log({f"test/{name}": value for name, value in result.items()}, args.steps)
+    weights = weighter.weights
+    rows = [[name, task.metric, f"{result[name]:.4f}", f"{weights[name]:.3f}"] for name, task in tasks.items()]
+    accelerator.print(table([["task", "metric on test texts", args.method, "final weight"], *rows]))
+    accelerator.print(f"{args.steps - before} steps in {seconds:.0f} s; {weighter.describe()}")
+    if accelerator.is_main_process:
+        run = {
+            "processes": accelerator.num_processes,
+            "metrics": result,
+            "weights": weights,
+            "seconds": seconds,
+            "history": weighter.history,
+        }
+        write_results(args.output_dir, "finetune_text", args, {args.method: run})
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
