@@ -381,6 +381,17 @@ def shared_layer_is_not_the_branch() -> ValueError:
     )
 
 
+def losses_in_half_precision(dtype: str) -> str:
+    """Losses that were computed, or cast by FSDP2 on their way out of the model, in half precision."""
+    digits = "0.4" if dtype.endswith("bfloat16") else "0.05"
+    return (
+        f"Losses come in {dtype}, so that their statistics are rounded by up to {digits} %. Compute them in float32: "
+        "`.float()` the logits before the loss. FSDP2 also casts the losses that a forward returns: give its plugin a "
+        "`mixed_precision_policy` with `output_dtype=None`, which casts nothing, or with `output_dtype=torch.float32` "
+        "where every layer outside of the FSDP units takes float32 inputs."
+    )
+
+
 # ---- verdicts, taken from reduced numbers ------------------------------------------------------------------------
 
 

@@ -78,16 +78,13 @@ def _readers(task: str, head: nn.Module, m: int, dim: int, shape: Sequence[int] 
     if len(size) > 1 and dim % len(size) != 0:
         size[0] = min(size[0], 2)
     z = torch.randn(size, generator=numbers).to(weight.device, weight.dtype)
-    found: list[nn.Linear] = []
-    inputs: list[Tensor] = []
+    calls: list[tuple[nn.Linear, Tensor]] = []
 
-    def rotate_input(linear: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def rotate_input(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else kwargs["input"]
-        inputs.append(x)
-        if not _is(x, inputs[0]) or x.shape[-1] != width:
+        calls.append((linear, x))
+        if not _is(x, calls[0][1]) or linear.in_features != width:
             return None
-        if not any(linear is other for other in found):
-            found.append(linear)  # type: ignore[arg-type]
         turned = Rotation(rotation.matrices, -1)(x, 0)
         return ((turned, *args[1:]), kwargs) if args else (args, {**kwargs, "input": turned})
 
@@ -103,12 +100,15 @@ def _readers(task: str, head: nn.Module, m: int, dim: int, shape: Sequence[int] 
     except Exception as error:
         why = f"it could not be run on a tensor of shape {size} alone ({type(error).__name__}: {error})"
         raise checks.head_cannot_be_folded(task, why) from error
+    found = {id(linear): linear for linear, x in calls if _is(x, calls[0][1]) and linear.in_features == width}
     if not found:
         raise checks.head_cannot_be_folded(task, f"no nn.Linear in it reads the {width} features of its input")
-    precision = max(torch.finfo(x.dtype).eps for x in [*inputs, *expected]) ** 0.5
+    if any(id(linear) in found and not _is(x, calls[0][1]) for linear, x in calls):
+        raise checks.head_cannot_be_folded(task, "its first nn.Linear reads something else too")
+    precision = max(torch.finfo(x.dtype).eps for x in [*(x for _, x in calls), *expected]) ** 0.5
     if not all(_close(a, b, precision) for a, b in zip(expected, obtained, strict=True)):
         raise checks.head_cannot_be_folded(task, "something else reads its input, or comes before its first nn.Linear")
-    return found
+    return list(found.values())
 
 
 def _is(a: Tensor, b: Tensor) -> bool:

@@ -60,6 +60,7 @@ def plot_history(
     except ImportError as error:
         raise ImportError("plot_history needs matplotlib: pip install 'accel-weighting[plot]'.") from error
     entries = list(history)
+    tasks = list(dict.fromkeys(n.partition("/")[2] for _, named in entries for n in named if n.startswith("weight/")))
     lines: dict[str, tuple[list[int], list[float]]] = {}
     for step, named in entries:
         for name, value in named.items():
@@ -73,7 +74,9 @@ def plot_history(
         raise ValueError(f"The history holds no `values = {values!r}`. Found {found}.")
     if ax is None:
         _, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    for i, (task, (steps, ys)) in enumerate(lines.items()):
+    order = tasks if set(lines) <= set(tasks) else list(lines)  # a task keeps its colour in every picture
+    for task in sorted(lines, key=order.index):
+        (steps, ys), i = lines[task], order.index(task)
         style = STYLES[i // len(COLOURS) % len(STYLES)]
         ax.plot(steps, ys, style, color=COLOURS[i % len(COLOURS)], label=task, linewidth=1.4)
     ax.set_xlabel("optimizer step")
@@ -120,6 +123,7 @@ def plot_runs(runs: Mapping[str, History]) -> Figure:
             ax.set_ylabel("")
             if panel == "cosine":
                 ax.axhline(0, color="black", linewidth=0.6)
+                ax.set_ylim(-1.05, 1.05)
             for step in held:
                 ax.axvline(step, color="#D55E00", linewidth=0.8, alpha=0.5, ymax=0.06)
         if held:
@@ -144,11 +148,11 @@ def smooth(history: History) -> list[tuple[int, dict[str, float]]]:
     """Means over a fiftieth of the run, at the last step of each."""
     width = max(1, len(history) // 50)
     windows = [history[end - width : end] for end in range(width, len(history) + 1)]
-    names = {name for _, values in history for name in values}
+    names = list(dict.fromkeys(name for _, values in history for name in values))
     return [
         (
             window[-1][0],
-            {name: fmean(seen) for name in sorted(names) if (seen := [v[name] for _, v in window if name in v])},
+            {name: fmean(seen) for name in names if (seen := [v[name] for _, v in window if name in v])},
         )
         for window in windows
     ]

@@ -544,7 +544,6 @@ def check(args: argparse.Namespace) -> Report:
     elif args.expect not in (None, report.processes):
         report.problems.append("count")
     if report.problems:
-        shout(report.verdict())
         return report
 
     setting = Setting(accelerator, Processes(accelerator, None), args.micro_batches)
@@ -571,7 +570,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = check(args)
     state = PartialState()
     if state.is_main_process:
-        print(report.findings(), report.verdict(), sep="\n", flush=True)
+        if report.machines:
+            print(report.findings(), report.verdict(), sep="\n", flush=True)
+        else:  # it never began
+            shout(report.verdict())
         if args.json:
             args.json.write_text(json.dumps(vars(report) | {"passed": report.passed}, indent=2) + "\n")
     if "error" not in report.problems:

@@ -249,6 +249,7 @@ class Weighter:
             arrived=self._arrived,
         )
         if record:
+            self._warn_of_half_precision(named)
             self._window.add_block(v.detach(), present, counts)
             self._expected |= present
             if self.lag == 0 and not on_losses:
@@ -440,6 +441,15 @@ class Weighter:
         if several and not (M - M.diag().diag()).any() and self._processes.rank == 0:
             self._told.add("shared")
             checks.logger.warning(checks.no_sample_is_shared(repr(self.method), self._rotates))
+
+    def _warn_of_half_precision(self, losses: Mapping[str, Tensor]) -> None:
+        if "half" in self._told:
+            return
+        half = {str(loss.dtype) for loss in losses.values()} & {"torch.bfloat16", "torch.float16"}
+        if half:
+            self._told.add("half")
+            if self._processes.rank == 0:
+                checks.logger.warning(checks.losses_in_half_precision(half.pop()))
 
     def _hold(self, what: str, bad: Sequence[int], step: int) -> None:
         """Weights and state stay as they are for this step, on every process."""

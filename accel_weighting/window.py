@@ -160,9 +160,10 @@ class Window:
         gram = (gram + gram.T) / 2
         moments = None
         if self.moments is not None:
+            number, m = self.moments
             i, j = torch.triu_indices(K, K, 1)
-            scale = torch.cat([weights[i] * weights[j], weights])[: self.moments[0]]
-            moments = triangles.view(len(scale), -1) * to_device(scale, triangles.device)[:, None]
+            scale = torch.cat([weights[i] * weights[j], weights])[:number]
+            moments = triangles.view(number, m * (m - 1) // 2) * to_device(scale, triangles.device)[:, None]
         return Sums(
             statistics=Statistics(
                 losses=torch.where(there, losses / items.clamp(min=math.ulp(1.0)), 0.0),

@@ -38,7 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertModel
 
 import accel_weighting
-from accel_weighting import CoVWeighting, GradNorm, IMTLG, RotoGrad, Weighter
+from accel_weighting import IMTLG, CoVWeighting, GradNorm, RotoGrad, Weighter
 from accel_weighting.selfcheck import accelerator_on_cpu, describe_engine
 
 Step = Callable[[], list[float]]
@@ -150,7 +150,7 @@ class Data:
         return [F.cross_entropy(out.flatten(0, -2), label) for out, label in zip(outputs, self.labels, strict=True)]
 
 
-# ---- the loops that are compared: each gives a function that takes one optimizer step and returns its losses ----------
+# ---- the loops that are compared: each gives a function that takes one optimizer step and returns its losses ---------
 
 
 def loop(
@@ -300,7 +300,7 @@ def k_backwards(accelerator: Accelerator, shape: Shape, lr: float) -> tuple[Step
     """LibMTL's way: one backward per task through the whole trunk, all gradients kept, then IMTL-G's weights."""
     net, optimizer, data = prepared(accelerator, shape, lr)
     shared = list(net.trunk.parameters())
-    tasks = ["task %d" % k for k in range(shape.tasks)]
+    tasks = [f"task {k}" for k in range(shape.tasks)]
     method = IMTLG()
     state = method.init(tasks)[1]
 
@@ -629,8 +629,8 @@ def main() -> None:
     }
     accelerator.print(table(rows))
     accelerator.print(
-        f"{where['engine']}, {where['processes']} process(es), {where['threads']} thread(s) each, device {where['device']}; "
-        f"{args.rounds} rounds"
+        f"{where['engine']}, {where['processes']} process(es), {where['threads']} thread(s) each, "
+        f"device {where['device']}; {args.rounds} rounds"
     )
     if accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)

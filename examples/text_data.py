@@ -1,8 +1,9 @@
-"""Texts with several kinds of labels, and an encoder with a head for each: for `finetune_text.py` and `finetune_trainer.py`.
+"""Texts with several kinds of labels, and an encoder with a head for each kind.
 
-A data set comes from `datasets.load_dataset`, a model from `AutoModel`, under a name on the hub or from a local folder. The
-columns named on the command line become tasks: `--classification` (one label per text), `--regression` (one number per
-text), `--tagging` (one label per word). A text that has no label for a task counts for the others only.
+For `finetune_text.py` and `finetune_trainer.py`. A data set comes from `datasets.load_dataset`, a model from
+`AutoModel`, by its name on the hub or from a local folder. The columns named on the command line become tasks:
+`--classification` (one label per text), `--regression` (one number per text), `--tagging` (one label per word). A text
+that has no label for a task counts for the others only.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 import torch
@@ -37,10 +39,14 @@ class Task:
     Attributes:
         kind: "classification", "regression" or "tagging".
         labels: Names of the labels; none for a regression.
+        mean: Of a regression's numbers in the training texts.
+        deviation: Their standard deviation; the head answers in units of it.
     """
 
     kind: str
     labels: tuple[str, ...] = ()
+    mean: float = 0.0
+    deviation: float = 1.0
 
     @property
     def metric(self) -> str:
@@ -79,7 +85,11 @@ def load_texts(args: argparse.Namespace) -> tuple[DatasetDict, dict[str, Task]]:
         for column in getattr(args, kind):
             if column not in splits["train"].column_names:
                 raise SystemExit(f"--{kind}: no column {column!r} among {', '.join(splits['train'].column_names)}")
-            tasks[column] = Task(kind, () if kind == "regression" else tuple(label_names(splits["train"], column)))
+            if kind == "regression":
+                numbers = [float(number) for number in splits["train"][column] if number is not None]
+                tasks[column] = Task(kind, mean=fmean(numbers), deviation=pstdev(numbers) or 1.0)
+            else:
+                tasks[column] = Task(kind, tuple(label_names(splits["train"], column)))
     return splits, tasks
 
 
@@ -221,9 +231,10 @@ class MultiTaskEncoder(nn.Module):
 
     def loss(self, name: str, output: Tensor, labels: Tensor) -> Tensor:
         """The mean over what is labelled; 0 where nothing is."""
-        if self.tasks[name].kind == "regression":
-            labelled = is_labelled(labels)
-            total = ((output.squeeze(-1) - labels.nan_to_num(0.0)).square() * labelled).sum()
+        task = self.tasks[name]
+        if task.kind == "regression":
+            wanted = (labels - task.mean) / task.deviation
+            total = ((output.squeeze(-1) - wanted.nan_to_num(0.0)).square() * is_labelled(labels)).sum()
         else:
             total = F.cross_entropy(output.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
         return total / is_labelled(labels).sum().clamp(min=1)
@@ -270,7 +281,8 @@ def score(tasks: dict[str, Task], outputs: dict[str, Tensor], labels: dict[str, 
         output, label = outputs[name], labels[name]
         labelled = is_labelled(label)
         if task.kind == "regression":
-            columns += [(output.squeeze(-1) - label).abs().nan_to_num(0.0), labelled]
+            answer = output.squeeze(-1) * task.deviation + task.mean
+            columns += [(answer - label).abs().nan_to_num(0.0), labelled]
         elif task.kind == "classification":
             columns += [(output.argmax(-1) == label) & labelled, labelled]
         else:

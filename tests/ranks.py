@@ -224,7 +224,7 @@ def accelerator_for(
 
     Args:
         engine: `"plain"` is one process without a process group. The others run with any number of processes, one
-            included: a group of one process is made then. `"hsdp"` is FSDP2 on a mesh of two replicas.
+            included: a group of one process is made then. `"hsdp"` is FSDP2 on a mesh, by default of two replicas.
         ddp: Options for `DistributedDataParallelKwargs`, for example `static_graph`.
         fsdp: More options for `FullyShardedDataParallelPlugin`, for example `transformer_cls_names_to_wrap`.
         mesh: Sizes for `ParallelismConfig`, for example `{"tp_size": 2, "dp_shard_size": 2}`; for FSDP2.

@@ -283,6 +283,7 @@ def full_parameters(inner: nn.Module, model: nn.Module) -> dict[str, Tensor]:
     from torch.distributed.fsdp import FullyShardedDataParallel  # noqa: TID251  gathers its own shards
 
     whole: Any = contextlib.nullcontext()
+    model = getattr(model, "_orig_mod", model)  # compiled
     if isinstance(model, FullyShardedDataParallel):
         whole = FullyShardedDataParallel.summon_full_params(model, writeback=False)
     elif any(hasattr(p, "ds_id") for p in inner.parameters()):

@@ -156,7 +156,7 @@ class _Rotating(_Settings, Method):
         u = torch.where(on, 1 / statistics.norms, 0.0)
         C = torch.zeros(len(on), len(k), dtype=torch.float64)  # B_k = Σ_j D_kj / (K n_k n_j), D_jk = −D_kj
         C.scatter_(0, k[None], (u[k] * u[j])[None]).scatter_(0, j[None], -(u[k] * u[j])[None])
-        x = _beside(lr / on.sum() * C, moments) @ pairs
+        x = _beside(lr / int(on.sum()) * C, moments) @ pairs
         if self.cooperative_after is not None and updates >= self.cooperative_after:
             length, own = (y.norm(dim=1, keepdim=True) for y in (x, tasks))
             x = (x - tasks * torch.where(own > 0, length / own, 0.0)) / 2  # −: each task descends its own loss

@@ -16,7 +16,7 @@ class Checks:
         """One figure; a NaN is outside of every range."""
         inside = low <= value <= high
         self.failed += not inside
-        print(f"  {'ok  ' if inside else 'FAIL'}  {what}: {value:.4g}, expected {low:g} to {high:g}", flush=True)
+        print(f"  {'ok  ' if inside else 'FAIL'}  {what}: {value:.6g}, expected {low:.10g} to {high:.10g}", flush=True)
 
     def report(self, what: str, value: str) -> None:
         """A figure that nothing is claimed about."""

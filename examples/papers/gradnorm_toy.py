@@ -11,6 +11,7 @@ Not the paper's data: with its own (std 10 and 3.5) tanh saturates and next to n
 Here `B` and `ε` are a hundredth of that, in the same proportion.
 """
 
+import itertools
 
 import matplotlib
 import torch
@@ -31,7 +32,7 @@ class Net(nn.Module):
     def __init__(self, tasks: int):
         super().__init__()
         sizes = [INPUTS, WIDTH, WIDTH, WIDTH]
-        self.trunk = nn.Sequential(*(m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU())))
+        self.trunk = nn.Sequential(*(m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())))
         self.last = nn.Linear(WIDTH, WIDTH)
         self.heads = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Linear(WIDTH, OUTPUTS)) for _ in range(tasks))
 
@@ -68,7 +69,9 @@ def train(method, sigma: tuple[int, ...], steps: int, lr: float, seed: int, at: 
     heads = dict(zip(names, net.heads, strict=True))
     weighter = Weighter(method, names, heads=heads, shared_layer=net.last if at == "W" else None)
     weights, errors, first = [], [], None
-    for step in tqdm(range(steps), desc=f"{type(method).__name__} at {at}, {len(sigma)} tasks", mininterval=1, leave=False):
+    for step in tqdm(
+        range(steps), desc=f"{type(method).__name__} at {at}, {len(sigma)} tasks", mininterval=1, leave=False
+    ):
         x, y = tasks.sample(BATCH)
         losses = (net(x) - y).square().mean((1, 2))
         w = torch.tensor(list(weighter.weights.values()), dtype=torch.float64)
@@ -101,12 +104,22 @@ def main() -> None:
         at_w = train(GradNorm(alpha=ALPHA), TWO, args.steps, 3e-4, seed)
         at_z = train(GradNorm(alpha=ALPHA), TWO, args.steps, 3e-4, seed, at="z")
         runs.setdefault("two tasks", at_w["weights"])
-        print(f"seed {seed}: Σ test loss / variance: equal {equal['score']:.3f}, at W {at_w['score']:.3f}, at z {at_z['score']:.3f}")
+        print(
+            f"seed {seed}: Σ test loss / variance: equal {equal['score']:.3f}, at W {at_w['score']:.3f}, "
+            f"at z {at_z['score']:.3f}"
+        )
         for name, run, low, high, error in (("W", at_w, 25, 80, 0.12), ("z", at_z, 80, 160, 0.03)):
             last = run["weights"][-1]
             checks.between(f"2 tasks at {name}, seed {seed}: mean |G_i / (Ḡ r_i^α) − 1|", run["error"], 0, error)
-            checks.between(f"2 tasks at {name}, seed {seed}: weight of σ=1 / weight of σ=100", float(last[0] / last[1]), low, high)
-            checks.between(f"2 tasks at {name}, seed {seed}: score / score of equal weights", run["score"] / equal["score"], 0, 0.95)
+            checks.between(
+                f"2 tasks at {name}, seed {seed}: weight of σ=1 / weight of σ=100", float(last[0] / last[1]), low, high
+            )
+            checks.between(
+                f"2 tasks at {name}, seed {seed}: score / score of equal weights",
+                run["score"] / equal["score"],
+                0,
+                0.95,
+            )
             checks.between(f"2 tasks at {name}, seed {seed}: |Σw − 2|", run["sum"], 0, 1e-12)
             checks.between(f"2 tasks at {name}, seed {seed}: smallest weight", float(run["weights"].min()), 1e-6, 1)
     if not args.quick:
@@ -116,7 +129,9 @@ def main() -> None:
         both = torch.stack([ten["weights"][-1].log(), torch.tensor(TEN).double().log()])
         checks.between("10 tasks: correlation of log w and log σ", float(torch.corrcoef(both)[0, 1]), -1, -0.95)
         checks.between("10 tasks: score / score of equal weights", ten["score"] / equal["score"], 0, 1)
-    checks.note("Reproduced: the equilibrium that GradNorm is defined by, the order of the weights, the lower sum of test losses.")
+    checks.note(
+        "Reproduced: the equilibrium that GradNorm is defined by, the order of the weights, the lower test losses."
+    )
     checks.note("Not reproduced: the paper's curves (no numbers are printed there) and its saturated data.")
 
     matplotlib.use("Agg")

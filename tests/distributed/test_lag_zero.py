@@ -69,7 +69,7 @@ METHODS: dict[str, Method] = {
     "smooth": Smooth(NashMTL(), 0.5),
     "every": Every(ConFIG(), 2),
 }
-DECIDES = Cell(MGDA(normalize="norm"), options={"lag": 0}, interleaved=True)
+DECIDES = Cell(MGDA(normalize="norm"), steps=4, options={"lag": 0}, interleaved=True)
 ONE_BATCH = {name: replace(DECIDES, method=method) for name, method in METHODS.items()}
 TWO_BATCHES = {
     name: replace(DECIDES, method=METHODS[name], micro=2)
@@ -359,15 +359,11 @@ def test_different_tasks_on_different_processes_neither_wait_nor_mix(engine: str
 
 # ---- what goes wrong ------------------------------------------------------------------------------------------------
 
-SCALER = {"mixed_precision": "fp16", "loss_scale": 256.0}
+HALF = replace(DECIDES, steps=6, dtype=torch.float32, setup={"mixed_precision": "fp16", "loss_scale": 256.0})
 OVERFLOWS = {
-    "tap": replace(DECIDES, overflow=((2, 1, "tap"),), dtype=torch.float32, setup=SCALER),
-    "tap, rotograd": replace(
-        DECIDES, method=METHODS["rotograd"], overflow=((2, 1, "tap"),), dtype=torch.float32, setup=SCALER
-    ),
-    "loss": replace(
-        DECIDES, method=GeometricLoss(), micro=2, overflow=((2, 3, "loss"),), dtype=torch.float32, setup=SCALER
-    ),
+    "tap": replace(HALF, overflow=((2, 1, "tap"),)),
+    "tap, rotograd": replace(HALF, method=METHODS["rotograd"], overflow=((2, 1, "tap"),)),
+    "loss": replace(HALF, method=GeometricLoss(), micro=2, overflow=((2, 3, "loss"),)),
 }
 
 

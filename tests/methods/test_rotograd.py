@@ -175,8 +175,7 @@ def test_cooperative_mode_adds_the_tasks_own_gradient_at_equal_length(size):
     weighter = weighter_for(RotoGrad(size=size, init="haar", cooperative_after=after))
     twins = twin, copy.deepcopy(twin)
     for step in range(4):
-        x, y = twin.batch(step)
-        weighter.branch(twin.z(x))
+        weighter.branch(twin.z(twin.batch(step)[0]))
         before = weighter.rotations
         found, n = by_autograd(twin, step, before)
         one_step(weighter, twin, step)
@@ -330,7 +329,7 @@ def test_units_of_the_gradients_do_not_matter():
         torch.testing.assert_close(method.update(scaled, window([3 * f, 0.5 * f, 2 * f]))[0], w, rtol=1e-13, atol=0)
 
 
-# ---- absent tasks, zero gradients, what is not finite -----------------------------------------------------------------
+# ---- absent tasks, zero gradients, what is not finite ----------------------------------------------------------------
 
 
 def triangles(*G):
@@ -588,7 +587,7 @@ def test_float32_rotations_stay_orthogonal_over_ten_thousand_steps(lr_decay):
     """Tasks 0 and 1 turn at random, 2 and 3 always the same way in one plane, all as fast as gradients ever can."""
     m, K = 64, 4
     method = RotoGrad(lr_decay=lr_decay)
-    state = method.widen(method.init(TASKS + ["d"])[1], m)
+    state = method.widen(method.init([*TASKS, "d"])[1], m)
     state["rotations"] = state["rotations"].float()
     g = torch.Generator().manual_seed(0)
     moments = torch.zeros(6, m * (m - 1) // 2).double()
@@ -895,7 +894,7 @@ def test_hyperparameters_of_the_weights_are_checked(arguments, found):
 
 def test_more_features_than_there_are_cannot_be_rotated():
     weighter = weighter_for(RotoGrad(size=6))
-    with pytest.raises(ValueError, match="which has 5 features along `dim = -1`. Found `size = 6`"):
+    with pytest.raises(ValueError, match=r"which has 5 features along `dim = -1`. Found `size = 6`"):
         weighter.branch(torch.randn(2, 5, requires_grad=True))
 
 
@@ -909,9 +908,9 @@ def test_the_width_must_not_change():
 def test_rotations_are_known_after_the_first_forward():
     weighter = weighter_for(RotoGrad())
     with pytest.raises(RuntimeError, match="known after the first forward"):
-        weighter.rotations
+        _ = weighter.rotations
     with pytest.raises(RuntimeError, match=r"RotoGrad\(rotate=False\) has no rotations"):
-        weighter_for(RotoGrad(rotate=False)).rotations
+        _ = weighter_for(RotoGrad(rotate=False)).rotations
     weighter.branch(torch.randn(2, 5, requires_grad=True))
     rotations = weighter.rotations
     rotations["a"].zero_()  # a copy

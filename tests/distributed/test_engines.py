@@ -1,0 +1,287 @@
+"""Every engine and every precision: a part of the matrix, what the engines cannot do, their groups, and fp16."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist  # noqa: TID251  asks which processes a group has
+from accelerate.utils import DistributedType, ParallelismConfig
+from torch import Tensor, nn
+
+from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, RotoGrad, Weighter
+from accel_weighting.processes import SUPPORTED
+from tests.distributed import engines
+from tests.distributed.engines import ROWS, controls, policy, reference, references, run_cells, without_weighter
+from tests.ranks import accelerator_for, run_ranks
+from tests.scenarios import Cell, Net, Run, assert_ranks_agree, batch, difference, net, task_losses
+
+GRADNORM = GradNorm(alpha=1.0, lr=0.01)
+
+# ---- the matrix --------------------------------------------------------------------------------------------------
+
+PAIRWISE = engines.pairwise(ROWS)
+FAMILIES = ("ddp", "fsdp1", "fsdp2", "hsdp", "zero")
+
+
+@pytest.fixture(scope="module")
+def ones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """One process on the whole batch."""
+    folder = str(tmp_path_factory.mktemp("one"))
+    return references((reference(choice) for found in PAIRWISE.values() for choice in found), folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_pairs_of_choices_follow_one_process(family: str, ones: dict[str, Run], tmp_path) -> None:
+    part = [(row, choice) for row in ROWS if row.engine.startswith(family) for choice in PAIRWISE[row.name]]
+    results = list(engines.run(part, ones, str(tmp_path)))
+    wrong = [f"{result.row.name}, {result.choice}: {result.wrong}" for result in results if result.wrong]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_row_is_in_a_family_and_every_choice_in_the_part() -> None:
+    assert all(row.engine.startswith(FAMILIES) for row in ROWS)
+    for name, values in engines.CHOICES.items():
+        assert {choice[name] for found in PAIRWISE.values() for choice in found} == set(values)
+
+
+def test_what_is_not_in_the_matrix_fails_without_a_weighter_too(tmp_path) -> None:
+    cells = []
+    for _, row, choice in controls():
+        easy = {**choice, "micro": 1, "checkpoint": "", "precision": "float32"}
+        cells += [(row.engine, without_weighter(row, easy)), (row.engine, without_weighter(row, choice))]
+    for runs in run_ranks(run_cells, 2, tmp_path, cells, timeout=120):
+        for (why, _, _), works, fails in zip(controls(), runs[::2], runs[1::2], strict=True):
+            assert isinstance(works, Run), f"{why}: {works}"
+            assert isinstance(fails, str), f"not any more: {why}"
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in DistributedType if kind.value not in SUPPORTED])
+def test_engines_without_one_plain_backward_are_refused_by_name(kind: str) -> None:
+    accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value=kind), num_processes=1)
+    with pytest.raises(NotImplementedError, match=f"Found {kind}, whose backward does not pass through"):
+        Weighter(EqualWeighting(), ["a"], accelerator=accelerator)
+
+
+def test_megatron_and_xla_are_among_the_refused() -> None:
+    assert not SUPPORTED & {"MEGATRON_LM", "XLA"}
+
+
+# ---- groups ------------------------------------------------------------------------------------------------------
+
+MESHES: dict[str, tuple[dict[str, int], list[list[int]]]] = {
+    "sharded": ({"dp_shard_size": 4}, [[0, 1, 2, 3]] * 4),
+    "HSDP": ({"dp_replicate_size": 2, "dp_shard_size": 2}, [[0, 1, 2, 3]] * 4),
+    "tensor and data": ({"tp_size": 2, "dp_shard_size": 2}, [[0, 2], [1, 3], [0, 2], [1, 3]]),
+    "context and data": ({"cp_size": 2, "dp_shard_size": 2}, [[0, 1, 2, 3]] * 4),
+    "tensor only": ({"tp_size": 4}, [[0], [1], [2], [3]]),
+}
+
+
+def statistics_on_meshes() -> list[tuple[list[int], int, Tensor, Tensor]]:
+    """Per mesh: the ranks of the group, its size, and the Gram matrix and weights of two steps."""
+    found = []
+    for sizes, _ in MESHES.values():
+        if sizes == {"tp_size": 4}:  # nothing is left to shard
+            accelerator = accelerator_for("ddp", parallelism_config=ParallelismConfig(**sizes))
+        else:
+            accelerator = accelerator_for("fsdp2", mesh=sizes)
+        model = net(Cell(GRADNORM))
+        weighter = Weighter(GRADNORM, list(model.heads), accelerator=accelerator, heads=dict(model.heads))
+        processes, rank = weighter._processes, dist.get_rank()
+        ranks = [rank] if processes.world == 1 else dist.get_process_group_ranks(processes.group)
+        # Processes of one tensor-parallel group have the same rows, all others have different ones; the model is
+        # whole everywhere, since what tensor parallelism does inside of the trunk cannot be seen at z.
+        x, y = batch(0, 3, torch.float64)
+        mine = torch.arange(len(x)).chunk(processes.world)[processes.rank]
+        for _ in range(2):
+            weighter.backward(task_losses(model(x[mine]), y[mine]))
+        statistics = weighter.statistics
+        assert statistics is not None and statistics.gram is not None
+        assert statistics.micro_batches == processes.world
+        found.append((ranks, processes.world, statistics.gram, torch.tensor(list(weighter.weights.values()))))
+    return found
+
+
+def test_statistics_are_summed_over_data_and_context_never_over_tensor_parallel_processes(tmp_path) -> None:
+    found = run_ranks(statistics_on_meshes, 4, tmp_path)
+    whole = found[0][list(MESHES).index("tensor only")]  # every process has all the rows
+    for i, (name, (_, groups)) in enumerate(MESHES.items()):
+        for rank in range(4):
+            ranks, world, gram, weights = found[rank][i]
+            assert ranks == groups[rank], name
+            assert world == len(groups[rank])
+            torch.testing.assert_close(gram, whole[2], rtol=1e-12, atol=0, msg=name)
+            torch.testing.assert_close(weights, whole[3], rtol=1e-6, atol=0, msg=name)
+
+
+# ---- fp16: the loss scale ----------------------------------------------------------------------------------------
+
+SMALL = 1e-4  # losses so small that nothing overflows at a scale of 2^16
+
+
+def fp16(scale: float, **changes: Any) -> Cell:
+    return Cell(
+        GRADNORM,
+        dtype=torch.float32,
+        steps=5,
+        size=SMALL,
+        setup={"mixed_precision": "fp16", "loss_scale": scale},
+        **changes,
+    )
+
+
+FP16_ENGINES = ["ddp", "fsdp1", "fsdp2"]
+AT_STEP_2 = {where: ((2, 3, where),) for where in ("loss", "tap", "parameters")}  # block 3 is the last process's
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[Run]]:
+    """Runs by engine and name, one per process."""
+    cells = {
+        "2^16": fp16(2.0**16, micro=2),
+        "2^10": fp16(2.0**10, micro=2),
+        **{where: fp16(2.0**10, micro=2, overflow=overflow) for where, overflow in AT_STEP_2.items()},
+        "CoV loss": replace(fp16(2.0**10, micro=2, overflow=AT_STEP_2["loss"]), method=CoVWeighting()),
+        "RotoGrad tap": replace(fp16(2.0**10, micro=2, overflow=AT_STEP_2["tap"]), method=RotoGrad(lr=0.5)),
+    }
+    every = [(engine, cell) for engine in FP16_ENGINES for cell in cells.values()]
+    ranks = run_ranks(run_cells, 2, tmp_path_factory.mktemp("fp16"), every, timeout=240)
+    keys = [(engine, name) for engine in FP16_ENGINES for name in cells]
+    for rank in ranks:
+        for key, run in zip(keys, rank, strict=True):
+            assert isinstance(run, Run), f"{key}: {run}"
+    return {key: [rank[i] for rank in ranks] for i, key in enumerate(keys)}
+
+
+@pytest.mark.parametrize("engine", FP16_ENGINES)
+def test_the_loss_scale_changes_nothing_but_rounding(engine: str, scaled: Any) -> None:
+    high, low = scaled[engine, "2^16"], scaled[engine, "2^10"]
+    assert not any(high[0].skipped + low[0].skipped)
+    # fp16 keeps its digits under powers of 2; only the smallest numbers, below 2^-24 once scaled, lose some.
+    assert difference(high[0], low[0]) < 1e-3
+    assert_ranks_agree(high)
+
+
+def moves(run: Run) -> list[bool]:
+    """Whether the weights moved at each step."""
+    return [not torch.equal(a, b) for a, b in zip([torch.ones(3).double(), *run.weights], run.weights, strict=False)]
+
+
+@pytest.mark.parametrize("engine", FP16_ENGINES)
+@pytest.mark.parametrize("where", ["loss", "tap"])
+def test_an_overflow_on_one_process_holds_the_weights_of_all_for_that_step(engine: str, where: str, scaled: Any) -> None:
+    runs = scaled[engine, where]
+    assert_ranks_agree(runs)
+    for run in runs:
+        assert moves(run) == [True, True, False, True, True]
+        assert run.skipped == [False, False, True, False, False]  # and the scaler skips it
+        assert run.statistics_steps == {0, 1, 3, 4}
+
+
+@pytest.mark.parametrize("engine", FP16_ENGINES)
+def test_an_overflow_that_parameters_alone_see_is_no_reason_to_hold(engine: str, scaled: Any) -> None:
+    runs = scaled[engine, "parameters"]
+    assert_ranks_agree(runs)
+    for run in runs:
+        assert moves(run) == [True] * 5
+        assert run.skipped == [False, False, True, False, False]
+        assert run.statistics_steps == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("engine", FP16_ENGINES)
+def test_other_methods_hold_alike(engine: str, scaled: Any) -> None:
+    assert_ranks_agree(scaled[engine, "CoV loss"])
+    assert scaled[engine, "CoV loss"][0].statistics_steps == {0, 1, 3, 4}
+    runs = scaled[engine, "RotoGrad tap"]
+    assert_ranks_agree(runs)
+    assert runs[0].statistics_steps == {0, 1, 3, 4}
+    assert runs[0].state["rotations"].isfinite().all()
+
+
+# ---- losses in half precision ------------------------------------------------------------------------------------
+
+
+class WithLosses(nn.Module):
+    """A model that computes its losses itself, in float32."""
+
+    def __init__(self, inner: Net) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        outputs = self.inner(x)
+        return task_losses({task: output.float() for task, output in outputs.items()}, y.float())
+
+
+def half_precision_messages() -> list[tuple[str, list[str]]]:
+    """What is logged when losses come out of an engine's forward: dtype and messages, per engine and policy."""
+    found = []
+    for engine, options in [
+        ("fsdp2", {}),
+        ("fsdp2", {"mixed_precision_policy": policy("bf16")}),
+        ("fsdp1", {}),
+        ("ddp", None),
+    ]:
+        fsdp = {} if options is None else {"fsdp": {"transformer_cls_names_to_wrap": ["Block"], **options}}
+        accelerator = accelerator_for(engine, mixed_precision="bf16", **fsdp)  # type: ignore[arg-type]
+        messages: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record, to=messages: to.append(record.getMessage())  # type: ignore[method-assign,misc]
+        logging.getLogger("accel_weighting").addHandler(handler)
+        inner = WithLosses(net(Cell(GRADNORM, dtype=torch.float32)))
+        model, optimizer = accelerator.prepare(inner, torch.optim.SGD(inner.parameters(), lr=1e-3))
+        heads = dict(accelerator.unwrap_model(model).inner.heads)
+        weighter = Weighter(GRADNORM, list(heads), accelerator=accelerator, heads=heads)
+        for step in range(3):
+            losses = model(*batch(step, 3, torch.float32))
+            weighter.backward(losses)
+            optimizer.step()
+            optimizer.zero_grad()
+        logging.getLogger("accel_weighting").removeHandler(handler)
+        found.append((str(losses["t0"].dtype), messages))
+    return found
+
+
+def test_losses_that_fsdp2_casts_to_half_precision_are_told_once_on_the_main_process(tmp_path) -> None:
+    main, other = run_ranks(half_precision_messages, 2, tmp_path)
+    (dtype, messages), *cured = main
+    assert dtype == "torch.bfloat16" and len(messages) == 1
+    assert "Losses come in torch.bfloat16" in messages[0] and "rounded by up to 0.4 %" in messages[0]
+    assert "`.float()` the logits before the loss" in messages[0]
+    assert "`output_dtype=None`" in messages[0] and "`output_dtype=torch.float32`" in messages[0]
+    assert cured == [("torch.float32", [])] * 3
+    assert [messages for _, messages in other] == [[]] * 4
+
+
+def half_precision_of(weighter: Weighter, dtype: torch.dtype) -> None:
+    x = torch.ones(3, requires_grad=True)
+    weighter.backward({"a": x.sum().to(dtype), "b": x.square().sum()})
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("accel_weighting").addHandler(handler)
+    yield messages
+    logging.getLogger("accel_weighting").removeHandler(handler)
+
+
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.float16, "0.05 %"), (torch.bfloat16, "0.4 %")])
+def test_one_loss_in_half_precision_is_enough(dtype: torch.dtype, digits: str, logged: list[str]) -> None:
+    weighter = Weighter(CoVWeighting(), ["a", "b"])
+    half_precision_of(weighter, torch.float32)
+    assert logged == []
+    half_precision_of(weighter, dtype)
+    half_precision_of(weighter, dtype)
+    assert len(logged) == 1 and str(dtype) in logged[0] and digits in logged[0]

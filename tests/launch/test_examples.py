@@ -1,0 +1,158 @@
+"""The examples' documented commands, really launched on two processes, with tiny budgets."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(script, *options, timeout=300):
+    """`accelerate launch … examples/SCRIPT.py --cpu` with `options`; its exit code and its output."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch_configs/cpu_2.yaml"]
+    command += [f"examples/{script}.py", "--cpu", *map(str, options)]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environ = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environ, text=True, capture_output=True, timeout=timeout)
+    return done.returncode, done.stdout + done.stderr
+
+
+def train(script, folder, *options):
+    """A short run that must go well; the output and the results it wrote."""
+    code, output = launch(script, "--output_dir", folder, *options)
+    assert code == 0, output
+    assert "2 processes, DistributedType.MULTI_CPU" in output
+    assert (folder / f"{script}.png").read_bytes().startswith(b"\x89PNG")
+    return output, json.loads((folder / f"{script}.json").read_text())
+
+
+def events(folder):
+    """`{tag: [(step, value), …]}` from TensorBoard's files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = folder.rglob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(file.parent)).Reload()
+    return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
+
+
+def assert_resumed(script, folder, options, steps=9, first=5):
+    """Interrupted and gone on with, a run ends where the uninterrupted one does. Returns what the latter wrote."""
+    output, whole = train(script, folder / "whole", *options, "--steps", steps)
+    keep = ("--checkpoint_dir", folder / "checkpoints", "--save_every", 2)
+    train(script, folder / "part", *options, "--steps", first, *keep)
+    (folder / "checkpoints" / "partial").mkdir()  # what a run killed while saving leaves
+    told, resumed = train(script, folder / "part", *options, "--steps", steps, *keep, "--resume")
+    assert f"resumed after {first} steps" in told
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_{steps:06d}"]
+    for name, run in whole["runs"].items():
+        for what in {"weights", "metrics", "history"} & set(run):
+            assert resumed["runs"][name][what] == run[what], what
+    return output, whole
+
+
+def test_finetune_text(tmp_path):
+    """Micro-batches of two sentences often lack tags or ratings."""
+    output, whole = assert_resumed("finetune_text", tmp_path, ("--batch_size", 2, "--accumulation", 2))
+    run = whole["runs"]["gradnorm"]
+    assert list(run["weights"]) == ["topic", "rating", "tags"]
+    assert sum(run["weights"].values()) == pytest.approx(3)
+    assert len(run["history"]) == 9
+    assert re.search(r"^tags +F1 of tagged words +\d\.\d+ +\d\.\d+$", output, re.MULTILINE), output
+    assert "losses weighted by GradNorm(); after 9 optimizer steps" in output
+    logged = events(tmp_path / "whole")
+    for step, values in run["history"]:
+        assert dict(logged["weight/topic"])[step + 1] == pytest.approx(values["weight/topic"], rel=1e-6)
+    assert {"loss/rating", "grad_norm/topic", "cosine/topic_rating", "test/tags"} <= set(logged)
+
+
+def test_finetune_text_takes_a_model_and_a_data_set_from_folders_and_adapts_it_with_lora(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        from text_data import make_tokenizer
+    finally:
+        sys.path.remove(str(ROOT / "examples"))
+
+    rows = [
+        {"words": ["Anna", "lives", "in", "Ghent"], "ner": [1, 0, 0, 2], "pos": ["N", "V", "P", "N"]},
+        {"words": ["Nobody", "came"], "ner": [0, 0], "pos": ["P", "V"]},
+    ]
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        lines = [json.dumps({**row, "length": len(row["words"])}) for row in rows * 20]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(lines))
+    make_tokenizer([row["words"] for row in rows], tmp_path / "model")
+    config = BertConfig(
+        vocab_size=200, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    BertModel(config).save_pretrained(tmp_path / "model")  # with its pooler, which no task trains
+    columns = ("--text", "words", "--classification", "--regression", "length", "--tagging", "ner", "pos")
+    options = ("--model", tmp_path / "model", "--dataset", tmp_path / "data", *columns, "--lora", "--batch_size", 4)
+    output, results = train("finetune_text", tmp_path / "out", *options, "--steps", 3)
+    assert list(results["runs"]["gradnorm"]["weights"]) == ["length", "ner", "pos"]
+    assert re.search(r"trainable params: [\d,]+ \|\| all params", output)
+
+
+def test_finetune_trainer(tmp_path):
+    options = ("--batch_size", 2, "--accumulation", 2, "--save_every", 4)
+    output, whole = train("finetune_trainer", tmp_path / "whole", *options, "--steps", 10)
+    train("finetune_trainer", tmp_path / "part", *options, "--steps", 8)
+    assert (tmp_path / "part" / "checkpoint-8" / "weighter.pt").exists()
+    _, resumed = train("finetune_trainer", tmp_path / "part", *options, "--steps", 10, "--resume")
+    assert resumed["runs"] == whole["runs"]
+    assert len(whole["runs"]["gradnorm"]["history"]) == 10
+    assert re.search(r"^topic +accuracy +\d\.\d+ +\d\.\d+$", output, re.MULTILINE), output
+    assert "weight/topic" in output  # the Trainer's own log lines
+    assert "train/weight/topic" in events(tmp_path / "whole" / "tensorboard")
+
+
+def test_multi_loss_with_two_weighters(tmp_path):
+    options = ("--adversarial", "--batch_size", 8, "--accumulation", 2)
+    output, whole = assert_resumed("multi_loss", tmp_path, options)
+    autoencoder, discriminator = whole["runs"]["balancer"], whole["runs"]["discriminator"]
+    assert list(autoencoder["weights"]) == ["l1", "ssim", "edges", "latent", "adversarial"]
+    assert list(discriminator["weights"]) == ["real", "fake"]
+    for run in (autoencoder, discriminator):  # every loss reached its branch in every step
+        assert all(f"grad_norm/{task}" in values for _, values in run["history"] for task in run["weights"])
+    assert all(values["cosine/real·fake"] == 0 for _, values in discriminator["history"])  # they share no image
+    assert "peak signal to noise" in output
+    assert (tmp_path / "whole" / "multi_loss_digits.png").exists()
+
+
+@pytest.mark.parametrize("script", ["finetune_text", "finetune_trainer", "multi_loss"])
+def test_help_shows_the_command_and_the_defaults(script):
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, f"examples/{script}.py", "--help"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "120"},
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"accelerate launch --config_file launch_configs/cpu_2.yaml examples/{script}.py --cpu" in done.stdout
+    assert f"(default: runs/{script})" in done.stdout
+    assert "weighting method (default:" in done.stdout
+
+
+def test_the_sentences_are_what_their_script_makes(tmp_path):
+    folder = ROOT / "examples" / "data"
+    copy = tmp_path / "make_sentences.py"
+    copy.write_text((folder / "make_sentences.py").read_text())
+    subprocess.run([sys.executable, str(copy)], check=True, timeout=60)
+    shipped = sorted((folder / "sentences").iterdir())
+    assert [file.name for file in shipped] == ["test.jsonl", "train.jsonl"]
+    assert sum(file.stat().st_size for file in shipped) < 300_000
+    for file in shipped:
+        assert file.read_bytes() == (tmp_path / "sentences" / file.name).read_bytes()
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            assert row["tags"] is None or len(row["tags"].split()) == len(row["text"].split())
+            assert row["rating"] is None or 1 <= row["rating"] <= 5
