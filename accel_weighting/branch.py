@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -189,8 +189,8 @@ class Branch:
         tasks: Task names.
         sink: Called as ``sink(name, tensor)`` with every sum over rows that a backward measured: ``"gram"`` ``[K, K]``,
             or, with a shared layer, ``"matrices"`` ``[K, out, in]``; with rotations, also ``"moments"``
-            ``[K(K−1)/2, m, m]``: ``G_kᵀ G_j``, k < j, and after them, where cooperative, ``G_kᵀ Z`` of every task. All are
-            free of the factors.
+            ``[K(K−1)/2, m, m]``: ``G_kᵀ G_j``, k < j, and after them, where cooperative, ``G_kᵀ Z`` of every task. All
+            are free of the factors.
         find_heads: Gives the heads' modules in task order; None where the model calls ``branch`` itself. It is asked
             again when the hooks move, since an engine may have replaced a module.
         find_shared_layer: Likewise the ``nn.Linear`` whose output is the branch point, or None.
@@ -286,7 +286,8 @@ class Branch:
 
     def __call__(self, z: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """One alias of ``z`` per task, rotated where the method rotates; rows outside of ``mask`` are not measured."""
-        return {task: self._rotated(alias, k) for k, (task, alias) in enumerate(zip(self.tasks, self._join(z, mask)))}
+        aliases = enumerate(zip(self.tasks, self._join(z, mask), strict=True))
+        return {task: self._rotated(alias, k) for k, (task, alias) in aliases}
 
     def _rotated(self, z: Tensor, k: int) -> Tensor:
         return z if self.rotation is None else self.rotation(z, k)
@@ -432,36 +433,3 @@ def _matrices(rows: Sequence[Tensor | None], inputs: Tensor) -> Tensor:
     some = next(g for g in rows if g is not None)
     zeros = a.new_zeros(some.shape[-1], a.shape[-1])
     return torch.stack([zeros if g is None else _wide(g.reshape(-1, g.shape[-1])).T @ a for g in rows])
-
-
-def locate(name: str, model: nn.Module) -> nn.Module | None:
-    """The submodule called ``name``, looking through the wrappers that engines and torch.compile put in between."""
-    module: Any = _unwrap(model)
-    for part in name.split("."):
-        module = getattr(module, part, None)
-        if not isinstance(module, nn.Module):
-            return None
-        module = _unwrap(module)
-    return module
-
-
-def _unwrap(module: nn.Module) -> nn.Module:
-    while True:
-        for inner in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
-            if isinstance(getattr(module, inner, None), nn.Module):
-                module = getattr(module, inner)
-                break
-        else:
-            if type(module).__name__ not in ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine"):
-                return module
-            module = module.module  # type: ignore[assignment]
-
-
-def heads_by_task(
-    tasks: Sequence[str], heads: Mapping[str, nn.Module | str], model: nn.Module | None
-) -> list[nn.Module]:
-    """The heads' modules in task order; complains about all that cannot be found at once."""
-    found = [head if isinstance(head, nn.Module) else locate(head, model) for head in (heads[t] for t in tasks)]
-    if None in found:
-        raise checks.modules_not_found([str(heads[t]) for t, head in zip(tasks, found, strict=True) if head is None])
-    return found  # type: ignore[return-value]

@@ -52,7 +52,7 @@ def positive_by_task(argument: str, values: Any, tasks: Sequence[str]) -> dict[s
     wrong = {
         task: value
         for task, value in values.items()
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < float("inf")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf")
     }
     if wrong:
         raise ValueError(f"Parameter `{argument}` must hold positive finite numbers. Found {wrong!r}.")
@@ -112,6 +112,11 @@ def heads_are_distinct(found: Sequence[nn.Module], tasks: Sequence[str]) -> None
 def modules_not_found(names: Sequence[str]) -> ValueError:
     """Dotted names that lead nowhere."""
     return ValueError(f"`model` has no submodule called {', '.join(map(repr, names))}. See `model.named_modules()`.")
+
+
+def layer_without_model(name: str) -> ValueError:
+    """A name and nothing to look it up in."""
+    return ValueError(f"The name `shared_layer = {name!r}` is looked up in `model`, which was not given.")
 
 
 def shared_layer(layer: Any) -> nn.Linear:
@@ -446,12 +451,12 @@ def no_sample_is_shared(method: str, rotates: bool) -> str:
     cure = (
         "The rotations stay where they are."
         if rotates
-        else "Give `shared_layer`, an nn.Linear whose output is the branch point: gradients of different samples meet at "
-        "its weight."
+        else "Give `shared_layer`, an nn.Linear whose output is the branch point: gradients of different samples meet "
+        "at its weight."
     )
     return (
-        f"{method} compares the gradients of different tasks, but no sample of this window had two of them, so that at the "
-        f"shared representation their inner products are exactly 0 and no conflict can be seen. {cure}"
+        f"{method} compares the gradients of different tasks, but no sample of this window had two of them, so that at "
+        f"the shared representation their inner products are exactly 0 and no conflict can be seen. {cure}"
     )
 
 

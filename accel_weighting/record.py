@@ -40,7 +40,7 @@ class Record:
         return [f"{group}/{task}" for group in groups for task in self.tasks] + pairs + ["weighting/skipped_steps"]
 
     def see(self, step: int, weights: Tensor, statistics: Statistics | None, skipped: int) -> None:
-        """A step ended: its weights, what its window saw (None where it was held or not measured), steps held so far."""
+        """A step ended: its weights, what its window saw (None where held or not measured), steps held so far."""
         K = len(self.tasks)
         row = torch.full_like(self.latest, torch.nan)
         row[:K] = weights

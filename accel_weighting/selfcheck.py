@@ -158,7 +158,7 @@ class Trajectory:
     def of(cls, seen: Sequence[Sequence[Tensor]], rotations: Tensor | None, learned: Tensor) -> Trajectory:
         """From the losses, Gram matrix and weights of every step."""
         losses, gram, weights = (torch.stack(column) for column in zip(*seen, strict=True))
-        return cls(losses, gram, weights, torch.zeros(0) if rotations is None else rotations.double().cpu(), learned)
+        return cls(losses, gram, weights, torch.zeros(0) if rotations is None else rotations.cpu().double(), learned)
 
     @property
     def digest(self) -> str:
@@ -222,7 +222,7 @@ def by_hand(method: Any, net: Net, steps: int, rows: int) -> Trajectory:
 def answers(model: Callable[[Tensor], dict[str, Tensor]], rows: int) -> Tensor:
     """A model's answers to questions that it was not trained on."""
     outputs = model(batch(1_000_000, rows))
-    return torch.cat([outputs[task].double().cpu() for task in TASKS], dim=1)
+    return torch.cat([outputs[task].cpu().double() for task in TASKS], dim=1)
 
 
 # ---- the training under the engine -------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ class Setting:
     def ask(self, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
         """One forward, in the precision that the engine gave the model's parameters."""
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        return model(x.to(self.accelerator.device, dtype))
+        return model(x.to(dtype).to(self.accelerator.device))
 
     def window(self, model: nn.Module, optimizer: Any, x: Tensor, backward: Callable[[dict[str, Tensor]], Any]) -> None:
         """One optimizer step on this process's share of the global batch."""
@@ -270,7 +270,7 @@ class Setting:
         first = self.processes.rank * self.micro_batches
         for block in blocks[first : first + self.micro_batches]:
             with self.accelerator.accumulate(model):
-                backward(losses_of(self.ask(model, block), block.to(self.accelerator.device, torch.float32)))
+                backward(losses_of(self.ask(model, block), block.float().to(self.accelerator.device)))
                 optimizer.step()
                 optimizer.zero_grad()
 
@@ -362,7 +362,7 @@ def cost(setting: Setting, pairs: int) -> dict[str, float]:
             times[name] += [seconds] if pair >= 3 else []
     weighter.detach()
     accelerator.free_memory(model, optimizer)
-    vector = torch.zeros(64, dtype=torch.float64, device=accelerator.device)
+    vector = torch.zeros(128, device=accelerator.device)
     times["all_reduce"] = [timed(accelerator, lambda: setting.processes._all_reduce(vector)) for _ in range(pairs)]
     fastest = {f"{name}_ms": min(seconds) * 1e3 for name, seconds in times.items()}  # the least disturbed by others
     everyone = setting.processes.gather(fastest)

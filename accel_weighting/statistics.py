@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
-"""What a method keeps between two updates: a flat dictionary of tensors, float64 on the CPU unless a method says otherwise."""
+"""What a method keeps between two updates: a flat dictionary of tensors, float64 on the CPU unless said otherwise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +32,8 @@ class Statistics:
         gram: Inner products of those gradients, shape ``[K, K]``; rows of absent tasks are zero. None where there is
             no branch, or where the heads were fed different tensors, so that only norms are known.
         moments: For a rotating method, ``[K(K−1)/2, m(m−1)/2]`` on the device: the strict upper triangles of
-            ``G_kᵀ G_j − G_jᵀ G_k`` for all k < j, with the tasks' gradients ``G`` (rows are samples, columns the m rotated
-            features); where it is cooperative, K more rows with those of ``G_kᵀ Z − Zᵀ G_k``. Else None.
+            ``G_kᵀ G_j − G_jᵀ G_k`` for all k < j, with the tasks' gradients ``G`` (rows are samples, columns the m
+            rotated features); where it is cooperative, K more rows with those of ``G_kᵀ Z − Zᵀ G_k``. Else None.
         micro_batches: Number of micro-batches in the window, over all processes.
         step: Optimizer steps that came before this window.
     """
@@ -52,9 +52,9 @@ class Method:
 
     Class constants say what a method needs and where its weights act.
 
-    A method that rotates the shared representation also has ``widen(state, width) -> State``, called when the width of z
-    is known, and keeps the rotations ``[K, m, m]`` in its state as ``"rotations"``, on the device. One that acts on the
-    shared path and divides the losses by something keeps those factors, ``[K]``, as ``"loss_weights"``.
+    A method that rotates the shared representation also has ``widen(state, width) -> State``, called when the width
+    of z is known, and keeps the rotations ``[K, m, m]`` in its state as ``"rotations"``, on the device. One that acts
+    on the shared path and divides the losses by something keeps those factors, ``[K]``, as ``"loss_weights"``.
 
     Attributes:
         needs: Which statistics ``update`` reads, out of ``"losses"``, ``"norms"``, ``"gram"``, ``"moments"``.

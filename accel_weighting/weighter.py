@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .branch import Block, Branch, Rotation, heads_by_task, locate, nothing
+from .branch import Block, Branch, Rotation, nothing
 from .fold import fold
+from .modules import find_layer, heads_by_task
 from .processes import Processes, Reduction, signature_pieces
 from .record import Record
 from .statistics import Method, State, Statistics
@@ -101,7 +102,7 @@ class Weighter:
 
         layer = None
         if shared_layer is not None:
-            layer = self._find_layer(shared_layer, model)
+            layer = find_layer(shared_layer, model)
         if heads is not None:
             checks.heads(heads, self.tasks, model)
             checks.heads_are_distinct(heads_by_task(self.tasks, heads, model), self.tasks)
@@ -115,7 +116,7 @@ class Weighter:
             self.tasks,
             self._window.add,
             None if heads is None else lambda: heads_by_task(self.tasks, heads, model),
-            None if shared_layer is None else lambda: self._find_layer(shared_layer, model),
+            None if shared_layer is None else lambda: find_layer(shared_layer, model),
             Rotation(self._rotations, rotating.dim, rotating.cooperative_after is not None) if self._rotates else None,
         )
         self._branch.attach()
@@ -148,17 +149,6 @@ class Weighter:
         self._settings_digest: bytes | None = None
         if accelerator is not None:
             accelerator.register_for_checkpointing(self)
-
-    @staticmethod
-    def _find_layer(layer: nn.Linear | str, model: nn.Module | None) -> nn.Linear:
-        if isinstance(layer, str):
-            if model is None:
-                raise ValueError(f"The name `shared_layer = {layer!r}` is looked up in `model`, which was not given.")
-            found = locate(layer, model)
-            if found is None:
-                raise checks.modules_not_found([layer])
-            return checks.shared_layer(found)
-        return checks.shared_layer(layer)
 
     def _is_prepared(self, heads: Sequence[nn.Module]) -> bool:
         assert self.accelerator is not None
@@ -386,7 +376,7 @@ class Weighter:
     def _finish(self) -> None:
         """Takes in the last window: verdict from the reduced numbers, then the method's update."""
         if self._pending is None:
-            return
+            return None
         (reduction, step), self._pending = self._pending, None
         header, payload, moments = reduction.wait()
         self._check_agreement(header, step)

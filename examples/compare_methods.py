@@ -283,7 +283,7 @@ def table(runs: list[Run]) -> str:
             cells.append("–")
         else:
             mean, half = interval([delta_m(run, baseline) for run in group])
-            cells.append(f"{mean:+.1f} ± {half:.1f}")
+            cells.append(f"{round(mean, 1) + 0.0:+.1f} ± {half:.1f}")
         time_per_step = median(run["ms_per_step"] for run in runs if run["method"] == name)
         lines.append([*cells, f"{ranks[name]:.1f}", f"{group[0]['lr']:g}", f"{time_per_step:.2f}"])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

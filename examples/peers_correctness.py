@@ -1,13 +1,13 @@
 """What loss weighting does on two processes: other libraries, used as their pages say, and this one.
 
-Every row trains the same small network from the same seed, once in one process on the whole batch, once in two processes
-(gloo, DDP) with half of the batch each. Right is what does not depend on that.
+Every row trains the same small network from the same seed, once in one process on the whole batch, once in two
+processes (gloo, DDP) with half of the batch each. Right is what does not depend on that.
 
     python examples/peers_correctness.py
 
-It starts its processes itself. gradnorm-pytorch and rotograd are in the extra `benchmark`; where one is missing its rows
-say so. CoV-weighting's authors have no package: their formula is stepped in every process on the losses of that process,
-as their training script would.
+It starts its processes itself. gradnorm-pytorch and rotograd are in the extra `benchmark`; where one is missing its
+rows say so. CoV-weighting's authors have no package: their formula is stepped in every process on the losses of that
+process, as their training script would.
 """
 
 import argparse
@@ -76,7 +76,7 @@ class Loop(NamedTuple):
     backward: Callable[[Tensor, Tensor], None]
     weights: Callable[[], list[float]] = list
     rotations: Callable[[], list[Tensor]] = list
-    parameters: list[nn.Parameter] = []
+    parameters: tuple[nn.Parameter, ...] = ()
 
 
 Row = Callable[[Net, bool], Loop]
@@ -149,7 +149,7 @@ def rotograd_package(parts: bool) -> Row:
         def rotations() -> list[Tensor]:
             return [R.detach().clone() for R in model.rotation]
 
-        return Loop(backward, rotations=rotations, parameters=list(model.parameters()))
+        return Loop(backward, rotations=rotations, parameters=tuple(model.parameters()))
 
     return make
 
@@ -188,7 +188,7 @@ def train(row: Row, steps: int, rank: int, world: int) -> dict[str, Tensor]:
     net = Net().double()
     parameters = list(net.parameters())
     loop = row(net, world > 1)
-    groups = [{"params": parameters}, *([{"params": loop.parameters, "lr": 0.01}] if loop.parameters else [])]
+    groups = [{"params": parameters}, *([{"params": list(loop.parameters), "lr": 0.01}] if loop.parameters else [])]
     optimizer = torch.optim.SGD(groups, lr=0.05)
     first = None
     for x, y in batches(steps, rank, world):
@@ -225,9 +225,9 @@ def worker(rank: int, world: int, folder: str, steps: int) -> None:
         dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
     results: dict[str, Any] = {}
     for name, row in ROWS.items():
-        try:
+        try:  # a row that fails is a result
             results[name] = train(row, steps, rank, world)
-        except ModuleNotFoundError as error:
+        except ModuleNotFoundError as error:  # noqa: PERF203
             results[name] = f"not installed: {error.name}"
         except Exception as error:
             results[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
@@ -290,8 +290,8 @@ def main() -> None:
     lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
     print("\n".join(lines))
     print(
-        f"Largest differences after {args.steps} steps in float64: between the processes 0 and 1, and between two processes "
-        "and one on the whole batch. The error of the first gradient is relative to its length."
+        f"Largest differences after {args.steps} steps in float64: between the processes 0 and 1, and between two "
+        "processes and one on the whole batch. The error of the first gradient is relative to its length."
     )
     if args.json:
         args.json.write_text(json.dumps({"steps": args.steps, "rows": rows}))

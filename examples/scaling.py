@@ -3,10 +3,10 @@
     python examples/scaling.py
 
 The model is the usual one of a ring, `2 (N − 1) latency + 2 (N − 1) / N · bytes / bandwidth`, or of a tree, `2 log2(N)
-latency + 2 bytes / bandwidth`, whichever is faster. Gloo's ring is fitted to what is measured, as a check on the model's
-form: processes that share a core wait for each other, so both terms are multiplied by processes per core. For a cluster the
-latency and the bandwidth are assumptions, printed with the table, and the yardstick is the all-reduce of the gradients that
-every data-parallel job does anyway.
+latency + 2 bytes / bandwidth`, whichever is faster. Gloo's ring is fitted to what is measured, as a check on the form:
+processes that share a core wait for each other, so both terms are multiplied by processes per core. For a cluster the
+latency and the bandwidth are assumptions, printed with the table, and the yardstick is the all-reduce of the gradients
+that every data-parallel job does anyway.
 """
 
 import argparse
@@ -135,7 +135,8 @@ def main() -> None:
         float(x) for x in np.abs(np.linalg.lstsq(np.array(terms), np.ones(len(points)), rcond=None)[0])
     )
     print(
-        f"\nMeasured, gloo, {cores} core(s): median [quartiles], ms; model with {1e6 * latency:.0f} µs and {1e-9 / per_byte:.2f} GB/s"
+        f"\nMeasured, gloo, {cores} core(s): median [quartiles], ms; "
+        f"fitted: {1e6 * latency:.0f} µs a hop, {1e-9 / per_byte:.2f} GB/s"
     )
     print("| processes | bytes | what | measured | model | measured / model |\n| - | - | - | - | - | - |")
     rows = []
@@ -144,13 +145,14 @@ def main() -> None:
         model = s * ring(n, size, latency, per_byte)
         rows.append({"processes": n, "bytes": size, "ms": 1e3 * median, "quartiles": [low, high], "model": 1e3 * model})
         print(
-            f"| {n} | {size:,} | {names[size]} | {1e3 * median:.2f} [{low:.2f}, {high:.2f}] | {1e3 * model:.2f} | {median / model:.2f} |"
+            f"| {n} | {size:,} | {names[size]} | {1e3 * median:.2f} [{low:.2f}, {high:.2f}] | {1e3 * model:.2f} "
+            f"| {median / model:.2f} |"
         )
 
     gradients = args.parameters * args.gradient_bytes
     print(
-        f"\nModelled for a cluster: {args.latency:g} µs a hop, {args.bandwidth:g} GB/s a process, against the all-reduce of "
-        f"{gradients / 1e6:,.0f} MB of gradients. Nothing overlaps: an upper bound for ours, which is waited for one step later."
+        f"\nModelled for a cluster: {args.latency:g} µs a hop, {args.bandwidth:g} GB/s a process, against the "
+        f"all-reduce of {gradients / 1e6:,.0f} MB of gradients. Whatever could overlap is counted in full."
     )
     print(
         "| processes | gradients, ms | "

@@ -227,7 +227,8 @@ def accelerator_for(
             included: a group of one process is made then. `"hsdp"` is FSDP2 on a mesh, by default of two replicas.
         ddp: Options for `DistributedDataParallelKwargs`, for example `static_graph`.
         fsdp: More options for `FullyShardedDataParallelPlugin`, for example `transformer_cls_names_to_wrap`.
-        mesh: Sizes for `ParallelismConfig`, for example `{"tp_size": 2, "dp_shard_size": 2}`; for FSDP2.
+        mesh: Sizes for `ParallelismConfig`, for example `{"tp_size": 2, "dp_shard_size": 2}`; for FSDP2,
+            and for DDP where nothing is sharded.
         zero: More options for DeepSpeed's section `zero_optimization`.
         loss_scale: Where the loss scale of fp16 starts. Accelerate makes no scaler and no autocast for fp16 on a CPU;
             with this both are put in, and behave as they do on a GPU.
@@ -255,14 +256,15 @@ def accelerator_for(
 
     if engine.startswith("zero"):
         return _deepspeed(int(engine[-1]), zero or {}, **kwargs)
-    if engine in ("plain", "ddp"):
+    if engine in ("plain", "ddp") and not mesh:
         handlers = [DistributedDataParallelKwargs(**ddp)] if ddp else []
         accelerator = Accelerator(cpu=True, kwargs_handlers=handlers, **kwargs)
     else:
-        mesh = mesh or ({"dp_replicate_size": 2, "dp_shard_size": dist.get_world_size() // 2} if engine == "hsdp" else {})
-        accelerator = _fsdp(1 if engine == "fsdp1" else 2, fsdp or {}, mesh, **kwargs)
+        if engine == "hsdp" and not mesh:
+            mesh = {"dp_replicate_size": 2, "dp_shard_size": dist.get_world_size() // 2}
+        accelerator = _gated({"ddp": None, "fsdp1": 1}.get(engine, 2), fsdp or {}, mesh or {}, **kwargs)
     if loss_scale is not None:
-        from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler  # noqa: TID251  FSDP1's own
+        from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler  # noqa: TID251  the engine's own
 
         scaler = ShardedGradScaler if engine == "fsdp1" else torch.amp.GradScaler
         accelerator.scaler = scaler("cpu", init_scale=loss_scale)
@@ -270,20 +272,22 @@ def accelerator_for(
     return accelerator
 
 
-def _fsdp(version: int, options: dict[str, Any], mesh: dict[str, int], **kwargs: Any) -> Accelerator:
+def _gated(version: int | None, options: dict[str, Any], mesh: dict[str, int], **kwargs: Any) -> Accelerator:
+    """FSDP (None: without) and meshes, which Accelerate offers to accelerators only."""
     from accelerate import Accelerator, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
 
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # FSDP1 tells "cpu" from "cpu:0"
-    # Accelerate offers FSDP to accelerators only. This type is its one gate; the device stays the CPU.
     PartialState(cpu=True)
+    # This type is the one gate; the device stays the CPU.
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     options = {"auto_wrap_policy": "transformer_based_wrap", "state_dict_type": "SHARDED_STATE_DICT", **options}
     # Without the original parameters, FSDP1 leaves an optimizer that was made before `prepare` nothing to move.
     options = {"cpu_ram_efficient_loading": False, "use_orig_params": True, **options}
     if mesh:
         kwargs["parallelism_config"] = ParallelismConfig(**mesh)
-    return Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=version, **options), **kwargs)
+    plugin = None if version is None else FullyShardedDataParallelPlugin(fsdp_version=version, **options)
+    return Accelerator(fsdp_plugin=plugin, **kwargs)
 
 
 def _deepspeed(stage: int, zero: dict[str, Any], **kwargs: Any) -> Accelerator:

@@ -178,7 +178,8 @@ def task_losses(outputs: dict[str, Tensor], y: Tensor) -> dict[str, Tensor]:
 
 def net(cell: Cell) -> Net:
     torch.manual_seed(0)
-    return Net(names(cell.tasks), cell.checkpoint).double().to(cell.dtype)  # drawn in one precision, so that all runs start alike
+    model = Net(names(cell.tasks), cell.checkpoint)
+    return model.double().to(cell.dtype)  # drawn in one precision, so that all runs start alike
 
 
 def weighter_for(cell: Cell, model: nn.Module, inner: Net, accelerator: Any) -> Weighter:

@@ -90,7 +90,7 @@ class WeightingMixin:
     def compute_losses(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False
     ) -> Mapping[str, Tensor] | tuple[Mapping[str, Tensor], Any]:
-        """One loss per task, ``{task: scalar}``, each the mean over this micro-batch; by default the outputs' ``losses``.
+        """One loss per task, ``{task: scalar}``, each a mean over this micro-batch; by default the outputs' ``losses``.
 
         Args:
             model: The model, as wrapped for training.

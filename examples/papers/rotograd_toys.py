@@ -1,7 +1,7 @@
 """RotoGrad's toys (Javaloy and Valera, §4): two tasks, one optimum each, one network output for both.
 
-`L = φ(R_1 f(x), 1) + φ(R_2 f(x), 2)` for a single input: without rotations the output is drawn to two places at once and
-stays between them. Rotations can lay the two optima on top of each other.
+`L = φ(R_1 f(x), 1) + φ(R_2 f(x), 2)` for a single input: without rotations the output is drawn to two places at once
+and stays between them. Rotations can lay the two optima on top of each other.
 
     python examples/papers/rotograd_toys.py
 
@@ -130,7 +130,7 @@ def main() -> None:
         "Not reproduced: the non-convex picture of the authors is one seed; most seeds end in local minima, theirs too."
     )
     checks.note(
-        "This toy cannot tell RotoGrad from any other trained rotation; tests compare its gradient with the closed form."
+        "This toy cannot tell RotoGrad from other trained rotations; tests compare its gradient with the closed form."
     )
 
     matplotlib.use("Agg")

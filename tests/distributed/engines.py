@@ -45,7 +45,7 @@ class Row:
 
 def policy(precision: str) -> Any:
     """Half precision inside, outputs left alone and reductions in float32: the policy that our warning advises."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy  # noqa: TID251  FSDP2's own
+    from torch.distributed.fsdp import MixedPrecisionPolicy  # noqa: TID251  the engine's own
 
     inside = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return MixedPrecisionPolicy(inside, reduce_dtype=inside and torch.float32)

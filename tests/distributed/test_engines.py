@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist  # noqa: TID251  asks which processes a group has
-from accelerate.utils import DistributedType, ParallelismConfig
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, RotoGrad, Weighter
@@ -90,10 +90,7 @@ def statistics_on_meshes() -> list[tuple[list[int], int, Tensor, Tensor]]:
     """Per mesh: the ranks of the group, its size, and the Gram matrix and weights of two steps."""
     found = []
     for sizes, _ in MESHES.values():
-        if sizes == {"tp_size": 4}:  # nothing is left to shard
-            accelerator = accelerator_for("ddp", parallelism_config=ParallelismConfig(**sizes))
-        else:
-            accelerator = accelerator_for("fsdp2", mesh=sizes)
+        accelerator = accelerator_for("fsdp2" if "dp_shard_size" in sizes else "ddp", mesh=sizes)
         model = net(Cell(GRADNORM))
         weighter = Weighter(GRADNORM, list(model.heads), accelerator=accelerator, heads=dict(model.heads))
         processes, rank = weighter._processes, dist.get_rank()
@@ -178,7 +175,7 @@ def moves(run: Run) -> list[bool]:
 
 @pytest.mark.parametrize("engine", FP16_ENGINES)
 @pytest.mark.parametrize("where", ["loss", "tap"])
-def test_an_overflow_on_one_process_holds_the_weights_of_all_for_that_step(engine: str, where: str, scaled: Any) -> None:
+def test_an_overflow_on_one_process_holds_all_for_that_step(engine: str, where: str, scaled: Any) -> None:
     runs = scaled[engine, where]
     assert_ranks_agree(runs)
     for run in runs:

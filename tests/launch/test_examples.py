@@ -35,9 +35,12 @@ def events(folder):
     """`{tag: [(step, value), …]}` from TensorBoard's files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (file,) = folder.rglob("events.out.tfevents.*")
-    accumulator = EventAccumulator(str(file.parent)).Reload()
-    return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
+    values = {}
+    for file in folder.rglob("events.out.tfevents.*"):  # hyperparameters have a file of their own
+        accumulator = EventAccumulator(str(file)).Reload()
+        for tag in accumulator.Tags()["scalars"]:
+            values.setdefault(tag, []).extend((event.step, event.value) for event in accumulator.Scalars(tag))
+    return values
 
 
 def assert_resumed(script, folder, options, steps=9, first=5):

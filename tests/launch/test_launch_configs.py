@@ -1,4 +1,4 @@
-"""Every file in launch_configs/, launched as it stands; the command line only takes it from GPUs to two CPU processes."""
+"""Every file in launch_configs/, launched as it stands but for what takes it from GPUs to a few CPU processes."""
 
 from __future__ import annotations
 

@@ -346,7 +346,8 @@ def gradients(K, seed=0, m=4, rows=6):
 
 @pytest.mark.parametrize("method", [RotoGrad(init="haar"), RotoGradNorm(1.5, init="haar")], ids=repr)
 @pytest.mark.parametrize("gone", ["absent", "zero gradient"])
-def test_a_task_that_is_not_there_keeps_its_rotation_and_the_others_turn_as_if_alone(method, gone):
+def test_a_task_that_is_not_there_keeps_its_rotation_and_the_others_turn_as_if_alone(method, gone, monkeypatch):
+    monkeypatch.setattr("accel_weighting.methods.rotograd.REFRESH", 1)
     state = method.widen(method.init(TASKS)[1], 4)
     alone = method.widen(method.init(["a", "c"])[1], 4)
     alone["rotations"] = state["rotations"][[0, 2]]
@@ -375,6 +376,8 @@ def test_a_late_task_remembers_the_norm_of_its_own_first_update():
     w, state = method.update(state, window([1.0, 4.0]))
     assert state["initial_norms"].tolist() == [2, 4]
     assert w.tolist() == pytest.approx([3.0, 0.75])  # α = (⅓, ⅔), C = 3
+    w, state = method.update(state, window([5.0, 9.0], [True, False]))
+    assert w.tolist() == pytest.approx([1.0, 0.75]) and state["initial_norms"].tolist() == [2, 4]
 
 
 @pytest.mark.parametrize("method", [RotoGrad(), RotoGradNorm(1.0)], ids=repr)

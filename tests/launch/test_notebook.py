@@ -1,0 +1,44 @@
+"""Launched from a notebook: `notebook_launcher` in one process, `debug_launcher` on two."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+CELLS = """
+import torch
+from accelerate import Accelerator, {launcher}
+from accel_weighting import GradNorm, Weighter
+
+def training_function():
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    trunk = torch.nn.Linear(4, 4)
+    model = torch.nn.ModuleDict({{"trunk": trunk, "a": torch.nn.Linear(4, 1), "b": torch.nn.Linear(4, 1)}})
+    model.forward = lambda x: {{name: model[name](trunk(x)).square().mean() for name in ("a", "b")}}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    weighter = Weighter(GradNorm(), ["a", "b"], accelerator=accelerator, heads={{"a": "a", "b": "b"}}, model=model)
+    for step in range(3):
+        weighter.backward(model(torch.randn(8, 4) + accelerator.process_index))
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"{{accelerator.num_processes}} processes, {{weighter.statistics.micro_batches}} blocks\\n", end="", flush=True)
+
+{launcher}(training_function, num_processes={processes})
+"""
+
+
+@pytest.mark.parametrize(("launcher", "processes"), [("notebook_launcher", 1), ("debug_launcher", 2)])
+def test_a_training_function_runs_from_a_notebook(tmp_path, launcher, processes):
+    script = tmp_path / "cells.py"  # in a process of its own: launchers fork, which a process that trained must not
+    script.write_text(CELLS.format(launcher=launcher, processes=processes))
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environ = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(script)], env=environ, text=True, capture_output=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"{processes} processes, {processes} blocks") == processes, done.stdout
