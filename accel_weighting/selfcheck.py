@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -110,7 +111,7 @@ class Net(nn.Module):
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
-        self.width = width
+        self.config = SimpleNamespace(hidden_size=width)  # DeepSpeed makes its "auto" sizes of it
         torch.manual_seed(0)
         self.trunk = nn.Sequential(nn.Linear(FEATURES, width), *(Layer(width) for _ in range(layers)))
         self.heads = nn.ModuleDict({task: nn.Linear(width, 1) for task in TASKS})
@@ -179,13 +180,13 @@ def by_hand(method: Any, net: Net, steps: int, rows: int) -> Trajectory:
         steps: Optimizer steps.
         rows: Of the global batch.
     """
-    K, rotates = len(TASKS), "moments" in method.needs
+    K, width, rotates = len(TASKS), net.config.hidden_size, "moments" in method.needs
     w, state = method.init(TASKS)
     if rotates:
-        state = method.widen(state, net.width)
-    eye = torch.eye(net.width, dtype=torch.float64).repeat(K, 1, 1)
+        state = method.widen(state, width)
+    eye = torch.eye(width, dtype=torch.float64).repeat(K, 1, 1)
     i, j = torch.triu_indices(K, K, 1)
-    upper = torch.triu_indices(net.width, net.width, 1)
+    upper = torch.triu_indices(width, width, 1)
 
     def forward(x: Tensor) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
         z = net.trunk(x)
@@ -279,14 +280,12 @@ class Setting:
         self.accelerator.backward(torch.stack(list(losses.values())).sum())
 
     def settle_loss_scale(self, model: nn.Module, optimizer: Any) -> None:
-        """Steps of length zero until an fp16 loss scale fits: a step that it skips is no error."""
+        """Steps of length zero, in which an fp16 loss scale finds its size: a step that it skips is no error."""
         if self.accelerator.mixed_precision != "fp16":
             return
         set_lr(optimizer, 0.0)
-        for _ in range(20):
-            self.window(model, optimizer, batch(0, ROWS * self.blocks), self.plain_backward)
-            if not self.accelerator.optimizer_step_was_skipped:
-                break
+        for step in range(20):
+            self.window(model, optimizer, batch(step, ROWS * self.blocks), self.plain_backward)
         set_lr(optimizer, LR)
 
 
@@ -489,6 +488,9 @@ def accelerator_on_cpu(**kwargs: Any) -> Accelerator:
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # FSDP1 tells "cpu" from "cpu:0"
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         os.environ["DS_ACCELERATOR"] = "cpu"  # and not cpu=True, which would turn DeepSpeed off
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo serves, and nothing has to be compiled
         return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")], **kwargs)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = os.environ["FSDP_SYNC_MODULE_STATES"] = "false"

@@ -14,6 +14,7 @@ third step. Prints a table and writes `benchmark.json` and `benchmark.png` to `-
 """
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -110,14 +111,13 @@ class BertTrunk(nn.Module):
 class Net(nn.Module):
     """A trunk and one linear head per task, on the mean of the features or on every token."""
 
-    _no_split_modules = ("BertLayer", "ConvLayer")  # where FSDP finds its units
-
     def __init__(self, shape: Shape):
         super().__init__()
         bert = shape.trunk == "bert"
         self.trunk = (
             BertTrunk(shape.width, shape.layers, shape.length) if bert else ConvTrunk(shape.width, shape.layers)
         )
+        self._no_split_modules = ["BertLayer" if bert else "ConvLayer"]  # where FSDP finds its units
         self.tokens = shape.tokens
         self.heads = nn.ModuleList(nn.Linear(shape.width, shape.head_outputs) for _ in range(shape.tasks))
 
@@ -386,6 +386,7 @@ class Sent:
 
 def peak_memory(make: Callable[[], tuple[Step, Any]], device: torch.device) -> float:
     """The most bytes of tensors alive at one moment, over construction and three steps."""
+    gc.collect()  # what the one before left would be freed, and subtracted, in the middle
     if device.type == "cuda":
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()

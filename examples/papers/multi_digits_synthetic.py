@@ -119,7 +119,7 @@ def main() -> None:
         print("  " + "".join(f"{cell:>16}" for cell in [name, *cells]))
     print(
         "  (accuracy; for sum and pixels mean squared error; mean cosine of the gradients' pairs; mean ± deviation over "
-        "the seeds)"
+        "over the seeds)"
     )
 
     def mean(name: str, what: str) -> float:

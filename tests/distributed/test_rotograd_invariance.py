@@ -251,8 +251,12 @@ def test_a_resumed_run_is_bit_exact_and_on_other_processes_the_same(launched) ->
 # ---- folded ----------------------------------------------------------------------------------------------------------
 
 
-def fold_on(engine: str, size: int | None, units: list[str]) -> dict[str, Any]:
-    """Trains two steps, evaluates, tries a fold that fails, trains a step, folds, evaluates, and gathers the model."""
+def fold_on(engine: str, size: int | None, units: list[str], whole: bool) -> dict[str, Any]:
+    """Trains two steps, evaluates, tries a fold that fails, trains a step, folds, evaluates, and gathers the model.
+
+    With ``whole``, FSDP2's root is as an evaluation leaves it, its parameters whole; they are a copy, and what is done
+    to them is lost.
+    """
     accelerator = accelerator_for(engine, fsdp={"transformer_cls_names_to_wrap": units})
     world, rank = accelerator.num_processes, accelerator.process_index
     torch.manual_seed(0)
@@ -276,9 +280,14 @@ def fold_on(engine: str, size: int | None, units: list[str]) -> dict[str, Any]:
         model.train()
         return outputs
 
+    def in_pieces() -> None:
+        for module in model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
+
     train_step(0)
     train_step(1)
-    evaluate()  # leaves FSDP2's root whole
+    evaluate()
     old = full_parameters(inner, model)
     refused = ""
     try:
@@ -288,7 +297,10 @@ def fold_on(engine: str, size: int | None, units: list[str]) -> dict[str, Any]:
     untouched = all(torch.equal(old[key], value) for key, value in full_parameters(inner, model).items())
     train_step(2)
     before, unfolded, rotations = evaluate(), full_parameters(inner, model), weighter.rotations
+    if not whole:
+        in_pieces()
     weighter.fold_rotations()
+    in_pieces()
     folded = full_parameters(inner, model)
     after = evaluate()
     plain = Net(names(2)).double()
@@ -300,7 +312,9 @@ def fold_on(engine: str, size: int | None, units: list[str]) -> dict[str, Any]:
 
 
 def fold_all(engine: str) -> list[dict[str, Any]]:
-    return [fold_on(engine, size, units) for size, units in ((None, ["Block"]), (3, ["Block", "Head"]))]
+    own = ["Block", "Head"]
+    ways = ((None, ["Block"], True), (3, ["Block"], False), (3, own, True), (None, own, False))
+    return [fold_on(engine, *way) for way in (ways if engine == "fsdp2" else ways[:1])]
 
 
 @EVERYWHERE

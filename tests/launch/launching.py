@@ -15,8 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
 MINUTES = 240.0  # a launch takes ten seconds on a machine of its own
@@ -124,13 +122,3 @@ def read(folder: Path, output: str) -> dict[str, Any]:
     file = folder / "report.json"
     assert file.exists(), f"no report was written:\n{output[-4000:]}"
     return json.loads(file.read_text())
-
-
-@pytest.fixture(scope="session")
-def deepspeed() -> None:
-    """DeepSpeed compiles its CPU collectives at the first start; here, and not under a launch's clock."""
-    pytest.importorskip("deepspeed")
-    build = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
-    with Launched([sys.executable, "-c", build], {"DS_ACCELERATOR": "cpu"}) as one:
-        code, output = one.wait(900)
-    assert code == 0, output

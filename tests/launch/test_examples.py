@@ -70,7 +70,7 @@ def test_finetune_text(tmp_path):
     logged = events(tmp_path / "whole")
     for step, values in run["history"]:
         assert dict(logged["weight/topic"])[step + 1] == pytest.approx(values["weight/topic"], rel=1e-6)
-    assert {"loss/rating", "grad_norm/topic", "cosine/topic_rating", "test/tags"} <= set(logged)
+    assert {"loss/rating", "grad_norm/topic", "cosine/topic·rating", "test/tags"} <= set(logged)
 
 
 def test_finetune_text_takes_a_model_and_a_data_set_from_folders_and_adapts_it_with_lora(tmp_path):

@@ -14,12 +14,19 @@ import torch
 from accelerate import Accelerator, {launcher}
 from accel_weighting import GradNorm, Weighter
 
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.a, self.b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
+
+    def forward(self, x):
+        z = self.trunk(x)
+        return {{"a": self.a(z).square().mean(), "b": self.b(z).square().mean()}}
+
 def training_function():
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(0)
-    trunk = torch.nn.Linear(4, 4)
-    model = torch.nn.ModuleDict({{"trunk": trunk, "a": torch.nn.Linear(4, 1), "b": torch.nn.Linear(4, 1)}})
-    model.forward = lambda x: {{name: model[name](trunk(x)).square().mean() for name in ("a", "b")}}
+    model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model, optimizer = accelerator.prepare(model, optimizer)
     weighter = Weighter(GradNorm(), ["a", "b"], accelerator=accelerator, heads={{"a": "a", "b": "b"}}, model=model)
@@ -27,7 +34,8 @@ def training_function():
         weighter.backward(model(torch.randn(8, 4) + accelerator.process_index))
         optimizer.step()
         optimizer.zero_grad()
-    print(f"{{accelerator.num_processes}} processes, {{weighter.statistics.micro_batches}} blocks\\n", end="", flush=True)
+    blocks = weighter.statistics.micro_batches
+    print(f"{{accelerator.num_processes}} processes, {{blocks}} blocks\\n", end="", flush=True)
 
 {launcher}(training_function, num_processes={processes})
 """
