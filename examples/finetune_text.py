@@ -2,15 +2,15 @@ r"""An encoder with several heads on the same texts, fine-tuned in a plain Accel
 
 The default needs no network: on short reviews that ship with the examples, with a tokenizer trained on the spot, a
 small BERT learns from scratch what a review is about (classification), how favourable it is (regression), and which
-words are names (tagging). Two sentences in five have no tags and three in ten no rating, so a micro-batch can lack a task:
-`num_items` says how many items every task has in it, and 0 says that it is not there.
+words are names (tagging). Two sentences in five have no tags and three in ten no rating, so a micro-batch can lack a
+task: `num_items` says how many items every task has in it, and 0 says that it is not there.
 
     accelerate launch --config_file launch_configs/cpu_2.yaml examples/finetune_text.py --cpu
 
 With your own encoder and data, from the hub or from local folders, and low-rank adapters:
 
-    accelerate launch examples/finetune_text.py --model google-bert/bert-base-cased --dataset conllpp --text tokens \
-        --classification --regression --tagging ner_tags pos_tags --lora --lr 2e-4 --mixed_precision bf16
+    accelerate launch examples/finetune_text.py --model google-bert/bert-base-cased --dataset MY/TEXTS --text tokens \
+        --classification subject --regression --tagging ner_tags pos_tags --lora --lr 2e-4 --mixed_precision bf16
 
 Prints a table, and writes `finetune_text.json`, `finetune_text.png` and TensorBoard's records to `--output_dir`.
 """

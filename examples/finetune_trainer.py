@@ -8,8 +8,8 @@ Weights, losses and gradient norms of every task are in its logs, and its checkp
 
 With your own encoder and data, from the hub or from local folders:
 
-    accelerate launch examples/finetune_trainer.py --model google-bert/bert-base-cased --dataset conllpp --text tokens \
-        --classification --regression --tagging ner_tags pos_tags --lr 5e-5
+    accelerate launch examples/finetune_trainer.py --model google-bert/bert-base-cased --dataset MY/TEXTS \
+        --text tokens --classification subject --regression --tagging ner_tags pos_tags --lr 5e-5
 
 Prints a table, and writes `finetune_trainer.json`, `finetune_trainer.png` and TensorBoard's records to `--output_dir`.
 """

@@ -118,7 +118,7 @@ def main() -> None:
             cells.append(f"{fmean(values):.3f}{spread}")
         print("  " + "".join(f"{cell:>16}" for cell in [name, *cells]))
     print(
-        "  (accuracy; for sum and pixels mean squared error; mean cosine of the gradients' pairs; mean ± deviation over "
+        "  (accuracy; for sum and pixels squared error; mean cosine of the gradients' pairs; mean ± deviation "
         "over the seeds)"
     )
 
