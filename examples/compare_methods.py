@@ -7,7 +7,7 @@ equal weights, random weights, and static weights, which are themselves chosen o
 
     python examples/compare_methods.py
 
-takes about ten minutes on two cores. Every finished run is a line of `runs.jsonl` in `--output_dir`; after an
+makes 380 short runs, two at a time. Every finished run is a line of `runs.jsonl` in `--output_dir`; after an
 interruption the same command goes on where it was. Prints a table and writes it to `table.txt`, and a picture of how
 two tasks trade off to `compare_methods.png`.
 """

@@ -37,7 +37,6 @@ class Row:
 
     Attributes:
         own_policy: FSDP2's mixed precision as our warning advises it, not as Accelerate sets it.
-        often: Whether what takes long, compiling, is in the part that the tests run, too.
     """
 
     name: str
@@ -46,7 +45,6 @@ class Row:
     setup: dict[str, Any] = field(default_factory=dict)
     fsdp_heads: bool = False
     own_policy: bool = False
-    often: bool = True
 
 
 def policy(precision: str) -> Any:
@@ -59,20 +57,20 @@ def policy(precision: str) -> Any:
 
 ROWS = [
     Row("DDP", "ddp"),
-    Row("DDP find_unused", "ddp", setup={"ddp": {"find_unused_parameters": True}}, often=False),
+    Row("DDP find_unused", "ddp", setup={"ddp": {"find_unused_parameters": True}}),
     Row("DDP static_graph", "ddp", setup={"ddp": {"static_graph": True}}),
-    Row("FSDP1", "fsdp1", often=False),
+    Row("FSDP1", "fsdp1"),
     Row("FSDP1, heads are units", "fsdp1", fsdp_heads=True),
     Row("FSDP2", "fsdp2"),
     Row("FSDP2, heads are units", "fsdp2", fsdp_heads=True),
-    Row("FSDP2 no reshard", "fsdp2", setup={"fsdp": {"reshard_after_forward": False}}, often=False),
+    Row("FSDP2 no reshard", "fsdp2", setup={"fsdp": {"reshard_after_forward": False}}),
     Row("FSDP2 own policy", "fsdp2", own_policy=True, fsdp_heads=True),
     Row("HSDP 2x2", "hsdp", world=4),
-    Row("FSDP2 context parallel 2x2", "hsdp", world=4, setup={"mesh": {"cp_size": 2, "dp_shard_size": 2}}, often=False),
-    Row("ZeRO-0", "zero0", often=False),
-    Row("ZeRO-1", "zero1", often=False),
+    Row("FSDP2 context parallel 2x2", "hsdp", world=4, setup={"mesh": {"cp_size": 2, "dp_shard_size": 2}}),
+    Row("ZeRO-0", "zero0"),
+    Row("ZeRO-1", "zero1"),
     Row("ZeRO-2", "zero2"),
-    Row("ZeRO-3", "zero3", often=False),
+    Row("ZeRO-3", "zero3"),
     # Small parameters are partitioned too, so that every head is a unit that gathers its own.
     Row("ZeRO-3, heads are units", "zero3", setup={"zero": {"stage3_param_persistence_threshold": 0}}),
 ]
@@ -183,8 +181,7 @@ def pairwise(rows: Sequence[Row]) -> dict[str, list[Choice]]:
         found = itertools.combinations([("row", row.name), *choice.items()], 2)
         return sum(bits.setdefault(pair, 1 << len(bits)) for pair in found)
 
-    found = [(row, choice) for row in rows for choice in choices(row) if row.often or not choice["compile"]]
-    open_cells = [(row, choice, pairs(row, choice)) for row, choice in found]
+    open_cells = [(row, choice, pairs(row, choice)) for row in rows for choice in choices(row)]
     missing = (1 << len(bits)) - 1
     taken: dict[str, list[Choice]] = {row.name: [] for row in rows}
     while missing:

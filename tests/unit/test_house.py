@@ -83,10 +83,42 @@ def test_the_core_imports_with_the_core_dependencies_alone() -> None:
 
 def test_public_names() -> None:
     assert sorted(accel_weighting.__all__) == sorted(
-        """AlignedMTL CAGrad Clamp CoVWeighting ConFIG DynamicWeightAverage EqualWeighting Every FAMO GeometricLoss
-        GradNorm GradientBalancer IMTLG IMTLL MGDA Method NashMTL PCGrad RandomLossWeighting ReLoBRaLo RotoGrad
-        RotoGradNorm ScaleInvariant Smooth SmoothTchebycheff SoftAdapt State StaticWeighting Statistics
-        TorchJDWeighting UncertaintyWeighting Warmup Weighter plot_history""".split()
+        [
+            "AlignedMTL",
+            "CAGrad",
+            "Clamp",
+            "CoVWeighting",
+            "ConFIG",
+            "DynamicWeightAverage",
+            "EqualWeighting",
+            "Every",
+            "FAMO",
+            "GeometricLoss",
+            "GradNorm",
+            "GradientBalancer",
+            "IMTLG",
+            "IMTLL",
+            "MGDA",
+            "Method",
+            "NashMTL",
+            "PCGrad",
+            "RandomLossWeighting",
+            "ReLoBRaLo",
+            "RotoGrad",
+            "RotoGradNorm",
+            "ScaleInvariant",
+            "Smooth",
+            "SmoothTchebycheff",
+            "SoftAdapt",
+            "State",
+            "StaticWeighting",
+            "Statistics",
+            "TorchJDWeighting",
+            "UncertaintyWeighting",
+            "Warmup",
+            "Weighter",
+            "plot_history",
+        ]
     )
 
 
