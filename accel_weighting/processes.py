@@ -159,7 +159,7 @@ class Processes:
         )
 
     def gather(self, item: Any) -> list[Any]:
-        """Every process's ``item``: for an error that all processes raise together, and for the self-check; never in a step."""
+        """Every process's ``item``: for an error that all raise together and for the self-check; never in a step."""
         if self.world == 1:
             return [item]
         self._first = True  # those who disagree may send vectors of different lengths again
