@@ -15,17 +15,12 @@ from .branch import Block, Branch, Rotation, nothing
 from .fold import fold
 from .modules import find_layer, heads_by_task
 from .processes import Processes, Reduction, signature_pieces
-from .record import Record
-from .statistics import Method, State, Statistics
+from .progress import Progress
+from .statistics import Method, Statistics
 from .window import Window, to_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-VERSION = 1
-"""Of the saved state."""
-
-KIND = "accel_weighting.Weighter"
 
 
 class Weighter:
@@ -94,8 +89,7 @@ class Weighter:
         self.max_skipped_steps = checks.at_least("max_skipped_steps", max_skipped_steps, 0)
         self._caps = checks.positive_by_task("max_losses", max_losses, self.tasks)
         start = checks.positive_by_task("initial_weights", initial_weights, self.tasks)
-        self._weights, self._state = method.init(self.tasks, start or None)
-        self._initial_weights = start or None
+        self._progress = Progress(method, self.tasks, start or None)
         if accelerator is not None:
             checks.uneven_inputs(accelerator)
         self._processes = Processes(accelerator, process_group)
@@ -127,24 +121,17 @@ class Weighter:
         ):
             self._branch.attach_again_at_first_forward()
 
-        self._step = 0
         self._width: int | None = None  # of z, where the method rotates
         self._shape: tuple[int, ...] | None = None  # likewise
         self._folded = False
         self._open = 0  # micro-batches since the last step, recorded or not
         self._due = False
-        self._frozen = False
         self._expected: set[int] = set()  # tasks whose gradient must come to the branch in this window
         self._arrived: set[int] = set()
         self._reached: set[int] = set()  # tasks whose gradient has come to the branch in an earlier window
         self._pending: tuple[Reduction, int] | None = None
         self._statistics: Statistics | None = None
-        self._held = 0  # in a row, towards max_skipped_steps
-        self._skipped = 0  # in all
         self._told: set[str] = set()
-        self._weight_sum = torch.zeros(len(self.tasks), dtype=torch.float64)
-        self._weight_steps = 0
-        self._record = Record(self.tasks)
         self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._settings_digest: bytes | None = None
         if accelerator is not None:
@@ -157,7 +144,8 @@ class Weighter:
 
     def __repr__(self) -> str:
         weights = ", ".join(f"{task}={weight:.4g}" for task, weight in self.weights.items())
-        return f"Weighter({self.method!r}, {weights}, step={self._step}{', frozen' if self._frozen else ''})"
+        frozen = ", frozen" if self.frozen else ""
+        return f"Weighter({self.method!r}, {weights}, step={self._progress.step}{frozen})"
 
     # ---- a step ------------------------------------------------------------------------------------------------
 
@@ -219,9 +207,11 @@ class Weighter:
         on_losses = self.method.acts_on == "losses"
         record = gradients and not freeze and self._measuring
         if on_losses:
-            w = self._on_device(self._weights_at_once(v.detach(), present, counts) if record else self._weights, v)
+            at_once = record and self.lag == 0
+            weights = self._decide(v.detach(), present, counts, None) if at_once else self._progress.weights
+            w = self._on_device(weights, v)
         else:
-            loss_weights = self._named_state("loss_weights")
+            loss_weights = self._progress.named("loss_weights")
             w = torch.ones_like(v) if loss_weights is None else self._on_device(loss_weights, v)
         if self._caps:
             w = w * self._scale_down(v.detach())
@@ -234,7 +224,7 @@ class Weighter:
         block = Block(
             present,
             scale=None if counts is None else 1 / self._on_device(torch.tensor(counts).clamp(min=1), v),
-            shared_weights=None if on_losses else self._on_device(self._weights, v),
+            shared_weights=None if on_losses else self._on_device(self._progress.weights, v),
             record=record,
             arrived=self._arrived,
         )
@@ -263,16 +253,15 @@ class Weighter:
         try:
             self._check_that_losses_reached_the_branch()
             if self._unfrozen:
-                self._weight_sum += self._weights
-                self._weight_steps += 1
+                self._progress.count_weights()
             if self._window.blocks:
                 payload = self._window.pack(self._branch.split)
-                signature, rotations = self._signature(len(payload)), self._named_state("rotations")
+                signature, rotations = self._signature(len(payload)), self._progress.named("rotations")
                 reduction = self._processes.sum(payload, signature, self._window.condense, rotations)
-                self._pending = reduction, self._step
+                self._pending = reduction, self._progress.step
             else:
-                self._record.see(self._step, self._weights, None, self._skipped)
-            self._step += 1
+                self._progress.see(self._progress.step, None)
+            self._progress.step += 1
         finally:
             self.reset()
         if self._pending is not None and self._pending[0].ready is None:
@@ -294,11 +283,11 @@ class Weighter:
 
     @property
     def _unfrozen(self) -> bool:
-        return not self._frozen and self._step >= self.update_after
+        return not self._progress.frozen and self._progress.step >= self.update_after
 
     @property
     def _measuring(self) -> bool:
-        return self._unfrozen and (self._step - self.update_after) % self.update_every == 0
+        return self._unfrozen and (self._progress.step - self.update_after) % self.update_every == 0
 
     def _stack(self, named: Mapping[str, Tensor], present: frozenset[int], empty: set[int]) -> Tensor:
         """The losses as one vector in task order; absent ones are 0, with a path of zeros to the head where asked."""
@@ -324,7 +313,7 @@ class Weighter:
 
     def _on_device(self, values: Tensor, like: Tensor) -> Tensor:
         """A small CPU vector where ``like`` lives; the weights' copy is kept until they change."""
-        if values is not self._weights:
+        if values is not self._progress.weights:
             return to_device(values.to(like.dtype), like.device)
         key = like.device, like.dtype
         if key not in self._copies:
@@ -349,8 +338,8 @@ class Weighter:
             self._settings_digest = hashlib.blake2b(repr((self._settings(), length)).encode()).digest()
         return [
             *signature_pieces(self._settings_digest, 2),
-            self._step % (1 << 20),
-            *signature_pieces(self._state_digest(), 2),
+            self._progress.step % (1 << 20),
+            *signature_pieces(self._progress.digest(), 2),
         ]
 
     def _settings(self) -> dict[str, Any]:
@@ -364,14 +353,6 @@ class Weighter:
             "max_skipped_steps": self.max_skipped_steps,
             "shared_layer": self._window.matrices,
         }
-
-    def _state_digest(self) -> bytes:
-        digest = hashlib.blake2b(self._weights.numpy().tobytes())
-        for name in sorted(self._state):
-            if name.rpartition(".")[2] != "rotations":  # on the device; it has a fingerprint of its own
-                digest.update(name.encode())
-                digest.update(self._state[name].contiguous().numpy().tobytes())
-        return digest.digest()
 
     def _finish(self) -> None:
         """Takes in the last window: verdict from the reduced numbers, then the method's update."""
@@ -387,14 +368,14 @@ class Weighter:
         for what, bad in (("loss", sums.bad_losses), ("gradient", sums.bad_gradients), ("moment", bad_moments)):
             if any(bad):
                 return self._hold(what, bad, step)
-        self._held = 0
+        self._progress.held = 0
         statistics = sums.statistics
         self._check_statistics(statistics, sums.split)
         self._statistics = statistics
-        self._weights, self._state = self.method.update(self._state, statistics)
+        self._progress.update(statistics)
         self._copies.clear()
-        checks.finite_weights(self._weights, repr(self.method))
-        self._record.see(step, self._weights, statistics, self._skipped)
+        checks.finite_weights(self._progress.weights, repr(self.method))
+        self._progress.see(step, statistics)
         return None
 
     def _check_agreement(self, header: Tensor, step: int) -> None:
@@ -403,10 +384,10 @@ class Weighter:
         description = {
             **self._settings(),
             "step": step,
-            "weights": self._weights.tolist(),
-            "state": self._state_digest().hex()[:8],
+            "weights": self._progress.weights.tolist(),
+            "state": self._progress.digest().hex()[:8],
         }
-        if (rotations := self._named_state("rotations")) is not None:
+        if (rotations := self._progress.named("rotations")) is not None:
             description["rotations"] = hashlib.blake2b(rotations.cpu().numpy().tobytes()).hexdigest()[:8]
         raise checks.disagreement(self._processes.gather(description), step)
 
@@ -428,32 +409,32 @@ class Weighter:
         if "shared" in self._told or self._window.matrices is not None or M is None:
             return
         several = (M.diagonal() > 0).sum() > 1
-        if several and not (M - M.diag().diag()).any() and self._processes.rank == 0:
-            self._told.add("shared")
-            checks.logger.warning(checks.no_sample_is_shared(repr(self.method), self._rotates))
+        if several and not (M - M.diag().diag()).any():
+            self._warn_once("shared", checks.no_sample_is_shared(repr(self.method), self._rotates))
 
     def _warn_of_half_precision(self, losses: Mapping[str, Tensor]) -> None:
         if "half" in self._told:
             return
         half = {str(loss.dtype) for loss in losses.values()} & {"torch.bfloat16", "torch.float16"}
         if half:
-            self._told.add("half")
-            if self._processes.rank == 0:
-                checks.logger.warning(checks.losses_in_half_precision(half.pop()))
+            self._warn_once("half", checks.losses_in_half_precision(half.pop()))
+
+    def _warn_once(self, about: str, message: str) -> None:
+        if about not in self._told and self._processes.rank == 0:
+            checks.logger.warning(message)
+        self._told.add(about)
 
     def _hold(self, what: str, bad: Sequence[int], step: int) -> None:
         """Weights and state stay as they are for this step, on every process."""
-        self._skipped += 1
+        self._progress.skipped += 1
         message = checks.not_finite(what, self.tasks, bad, self._processes.world, step)
-        if what not in self._told and self._processes.rank == 0:
-            self._told.add(what)
-            checks.logger.warning(message)
-        self._record.see(step, self._weights, None, self._skipped)
+        self._warn_once(what, message)
+        self._progress.see(step, None)
         if what != "loss" and self._has_scaler:
             return
-        self._held += 1
-        if self._held > self.max_skipped_steps:
-            raise checks.too_many_held(message, self._held, self.max_skipped_steps)
+        self._progress.held += 1
+        if self._progress.held > self.max_skipped_steps:
+            raise checks.too_many_held(message, self._progress.held, self.max_skipped_steps)
 
     @property
     def _has_scaler(self) -> bool:
@@ -462,10 +443,6 @@ class Weighter:
         return accelerator is not None and (accelerator.scaler is not None or accelerator.mixed_precision == "fp16")
 
     # ---- weights of this very step -------------------------------------------------------------------------------
-
-    def _weights_at_once(self, v: Tensor, present: frozenset[int], counts: Sequence[float] | None) -> Tensor:
-        """The weights on the losses of this backward: the last ones, or with ``lag=0`` those of these very losses."""
-        return self._weights if self.lag else self._decide(v, present, counts, None)
 
     def _decide(
         self, v: Tensor, present: frozenset[int], counts: Sequence[float] | None, gram: Tensor | None
@@ -477,30 +454,26 @@ class Weighter:
             block.add("gram", gram)
         payload = block.pack(self._branch.split)
         header, host, rest = self._processes.sum(payload, self._signature(0), block.condense).wait()
-        self._check_agreement(header, self._step)
-        sums = block.unpack(host, rest, self._step)
+        self._check_agreement(header, self._progress.step)
+        sums = block.unpack(host, rest, self._progress.step)
         if any(sums.bad_losses) or any(sums.bad_gradients):
-            return self._weights  # the window will be held
+            return self._progress.weights  # the window will be held
         self._check_statistics(sums.statistics, sums.split)
-        return self.method.weigh(self._state, sums.statistics)
+        return self.method.weigh(self._progress.state, sums.statistics)
 
     # ---- rotations -----------------------------------------------------------------------------------------------
-
-    def _named_state(self, name: str) -> Tensor | None:
-        """An entry of the method's state, behind whatever prefix wrappers gave it."""
-        return next((value for key, value in self._state.items() if key.rpartition(".")[2] == name), None)
 
     def _rotations(self, z: Tensor) -> Tensor:
         """The rotations ``[K, m, m]`` where ``z`` is: float64 for a float64 model, else float32."""
         self._finish()
         method: Any = self.method
-        R = self._named_state("rotations")
+        R = self._progress.named("rotations")
         self._shape = tuple(z.shape)
         width = z.shape[method.dim]
         if R is None or self._width != width:
-            self._state = method.widen(self._state, width)
+            self._progress.state = method.widen(self._progress.state, width)
             self._width = width
-            R = self._named_state("rotations")
+            R = self._progress.named("rotations")
             assert R is not None
             K = len(self.tasks)
             number = K * (K - 1) // 2 + (K if method.cooperative_after is not None else 0)
@@ -508,7 +481,7 @@ class Weighter:
         dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
         if R.device != z.device or R.dtype != dtype:
             moved = R.to(z.device, dtype)
-            self._state = {key: moved if value is R else value for key, value in self._state.items()}
+            self._progress.replace(R, moved)
             R = moved
         return R
 
@@ -520,7 +493,7 @@ class Weighter:
             RuntimeError: The method does not rotate, or no forward has shown the width of z yet.
         """
         self._finish()
-        R = self._named_state("rotations")
+        R = self._progress.named("rotations")
         if R is None:
             raise (
                 checks.rotations_were_folded()
@@ -566,7 +539,7 @@ class Weighter:
             self._branch.attach()
             raise
         self._branch.rotation = None
-        self._state = {name: x for name, x in self._state.items() if name.rpartition(".")[2] != "rotations"}
+        self._progress.forget_rotations()
         self._folded = True
         self.reset()
 
@@ -596,7 +569,7 @@ class Weighter:
     def weights(self) -> dict[str, float]:
         """``{task: weight}``, those that the next backward will use."""
         self._finish()
-        return dict(zip(self.tasks, self._weights.tolist(), strict=True))
+        return dict(zip(self.tasks, self._progress.weights.tolist(), strict=True))
 
     @property
     def statistics(self) -> Statistics | None:
@@ -608,28 +581,27 @@ class Weighter:
     def average_weights(self) -> dict[str, float]:
         """Weights averaged over the steps taken unfrozen, for a retrain with static weights (GradNorm Static)."""
         self._finish()
-        mean = self._weight_sum / self._weight_steps if self._weight_steps else self._weights
-        return dict(zip(self.tasks, mean.tolist(), strict=True))
+        return dict(zip(self.tasks, self._progress.average_weights.tolist(), strict=True))
 
     @property
     def history(self) -> list[tuple[int, dict[str, float]]]:
         """Bounded record of ``(step, values)``, saved with the state; thinned past 4,096 entries."""
         self._finish()
-        return self._record.history
+        return self._progress.record.history
 
     def log_values(self) -> dict[str, float]:
         """Floats for ``accelerator.log``: weights, and losses, norms and cosines of the last step. No collective."""
         weights = {f"weight/{task}": weight for task, weight in self.weights.items()}
-        latest = self._record.values(self._record.latest)
-        return {**weights, **latest, "weighting/skipped_steps": float(self._skipped)}
+        latest = self._progress.record.values(self._progress.record.latest)
+        return {**weights, **latest, "weighting/skipped_steps": float(self._progress.skipped)}
 
     def describe(self) -> str:
         """One line for a model card or a tracker's configuration: the method, the tasks and their weights."""
         chosen = [f for f in dataclasses.fields(self.method) if f.init and getattr(self.method, f.name) != f.default]  # type: ignore[arg-type]
         settings = ", ".join(f"{f.name}={getattr(self.method, f.name)!r}" for f in chosen)
         weights = ", ".join(f"{task} {weight:.3g}" for task, weight in self.weights.items())
-        when = f"after {self._step} optimizer steps" if self._step else "to begin with"
-        frozen = ", frozen" if self._frozen else ""
+        when = f"after {self._progress.step} optimizer steps" if self._progress.step else "to begin with"
+        frozen = ", frozen" if self._progress.frozen else ""
         return f"losses weighted by {type(self.method).__name__}({settings}){frozen}; {when}: {weights}"
 
     # ---- freezing ----------------------------------------------------------------------------------------------
@@ -641,18 +613,18 @@ class Weighter:
         """
         self._finish()
         self.reset()
-        before, self._frozen = self._frozen, True
+        before, self._progress.frozen = self._progress.frozen, True
         return _Frozen(self, before)
 
     def unfreeze(self) -> None:
         """Weights move again."""
         self.reset()
-        self._frozen = False
+        self._progress.frozen = False
 
     @property
     def frozen(self) -> bool:
         """Whether the weights are held."""
-        return self._frozen
+        return self._progress.frozen
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
@@ -661,21 +633,7 @@ class Weighter:
         self._finish()
         if self._window.blocks and self._processes.rank == 0:
             checks.warn_saved_inside_window(self._window.blocks)
-        return {
-            "kind": KIND,
-            "version": VERSION,
-            "tasks": list(self.tasks),
-            "method": repr(self.method),
-            "step": self._step,
-            "weights": self._weights.clone(),
-            "state": {name: value.clone() for name, value in self._state.items()},
-            "weight_sum": self._weight_sum.clone(),
-            "weight_steps": self._weight_steps,
-            "held": self._held,
-            "skipped": self._skipped,
-            "frozen": self._frozen,
-            "record": self._record.state_dict(),
-        }
+        return self._progress.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Takes up a saved state.
@@ -687,43 +645,12 @@ class Weighter:
         Raises:
             ValueError: The state is not a weighter's, or (``strict``) another weighter's; all differences are listed.
         """
-        if not isinstance(state, Mapping) or state.get("kind") != KIND:
-            raise checks.not_our_state(state)
-        here = {"version": VERSION, "tasks": list(self.tasks), "method": repr(self.method)}
-        differences = {name: (state[name], value) for name, value in here.items() if state[name] != value}
-        if differences and (strict or "version" in differences):
-            raise checks.other_checkpoint(differences)
+        self._progress.load_state_dict(state, strict)
         self._pending = None
         self.reset()
-        self._step = state["step"]
-        self._skipped, self._held, self._frozen = state["skipped"], state["held"], state["frozen"]
         self._statistics = None
         self._width = None
         self._copies.clear()
-        if not differences:
-            self._weights = state["weights"].clone()
-            self._state = {name: value.clone() for name, value in state["state"].items()}
-            self._weight_sum, self._weight_steps = state["weight_sum"].clone(), state["weight_steps"]
-            self._record.load_state_dict(state["record"])
-            return
-        rows = [state["tasks"].index(task) if task in state["tasks"] else None for task in self.tasks]
-        self._weights, fresh = self.method.init(self.tasks, self._initial_weights)
-        self._weights = _rows_that_fit(self._weights, state["weights"], rows)
-        same_method = type(self.method).__name__ == state["method"].partition("(")[0]
-        old: State = state["state"] if same_method else {}
-        self._state = {name: _rows_that_fit(v, old[name], rows) if name in old else v for name, v in fresh.items()}
-
-
-def _rows_that_fit(new: Tensor, old: Tensor, rows: Sequence[int | None]) -> Tensor:
-    """``new`` with the rows of the tasks that ``old`` also had; a tensor that has no row per task as it was."""
-    known = max((row for row in rows if row is not None), default=-1)
-    if old.shape[1:] == new.shape[1:] and old.ndim and len(new) == len(rows) and len(old) > known:
-        new = new.clone()
-        for k, row in enumerate(rows):
-            if row is not None:
-                new[k] = old[row]
-        return new
-    return old.clone() if old.shape == new.shape else new
 
 
 class _Frozen:

@@ -360,7 +360,7 @@ def row_17_weights_changed_on_one_process() -> Any:
     setup.step(0)
     setup.step(1)
     if rank() == 1:
-        setup.weighter._weights = setup.weighter._weights + torch.tensor([1e-9, 0, 0], dtype=F64)
+        setup.weighter._progress.weights = setup.weighter._progress.weights + torch.tensor([1e-9, 0, 0], dtype=F64)
     return error_of(lambda: setup.step(2)), error_of(lambda: setup.step(3))
 
 
@@ -368,7 +368,7 @@ def row_17_state_changed_on_one_process() -> Any:
     setup = build(method=CoVWeighting())
     setup.step(0)
     if rank() == 1:
-        setup.weighter._state["loss_mean"] = setup.weighter._state["loss_mean"] * (1 + 1e-15)
+        setup.weighter._progress.state["loss_mean"] = setup.weighter._progress.state["loss_mean"] * (1 + 1e-15)
     return (error_of(lambda: setup.step(1)),)
 
 
@@ -381,7 +381,7 @@ def row_18_one_process_is_a_step_ahead() -> Any:
     setup = build(wrap=False, method=CoVWeighting())
     setup.step(0)
     if rank() == 0:
-        setup.weighter._step += 1  # as after a window that only this process had
+        setup.weighter._progress.step += 1  # as after a window that only this process had
     return (error_of(lambda: setup.step(1)),)
 
 

@@ -287,7 +287,7 @@ def test_three_hundred_steps_leave_no_growing_graph():
 
     def tensors():
         gc.collect()
-        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()) - len(weighter._record._rows)
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()) - len(weighter._progress.record._rows)
 
     counts = []
     for step in range(300):

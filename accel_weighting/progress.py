@@ -1,0 +1,144 @@
+"""How far a weighter has come: all that it carries from one window to the next, and all that it saves."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .record import Record
+from .statistics import Method, State, Statistics
+
+KIND = "accel_weighting.Weighter"
+VERSION = 1
+"""Of the saved form."""
+
+
+class Progress:
+    """Weights, the method's state and counters; plain tensors and numbers, free of the number of processes.
+
+    Args:
+        method: The weighting method.
+        tasks: Task names.
+        initial_weights: ``{task: weight}``, or None.
+
+    Attributes:
+        step: Optimizer steps taken.
+        weights: Those that the next backward will use, float64 ``[K]``.
+        state: The method's.
+        held: Steps held in a row that count towards ``max_skipped_steps``.
+        skipped: Steps held in all.
+        frozen: Whether the weights are held by the user.
+        record: What is kept for people.
+    """
+
+    def __init__(self, method: Method, tasks: Sequence[str], initial_weights: Mapping[str, float] | None) -> None:
+        self._method, self._tasks, self._initial_weights = method, tuple(tasks), initial_weights
+        self.step = self.held = self.skipped = 0
+        self.frozen = False
+        self.weights, self.state = method.init(tasks, initial_weights)
+        self._weight_sum = torch.zeros_like(self.weights)
+        self._weight_steps = 0
+        self.record = Record(tasks)
+
+    def update(self, statistics: Statistics) -> None:
+        """The method's update."""
+        self.weights, self.state = self._method.update(self.state, statistics)
+
+    def see(self, step: int, statistics: Statistics | None) -> None:
+        """Records a step that ended; without statistics where it was held or not measured."""
+        self.record.see(step, self.weights, statistics, self.skipped)
+
+    def count_weights(self) -> None:
+        """Takes the weights of an unfrozen step into their average."""
+        self._weight_sum += self.weights
+        self._weight_steps += 1
+
+    @property
+    def average_weights(self) -> Tensor:
+        """Over the unfrozen steps."""
+        return self._weight_sum / self._weight_steps if self._weight_steps else self.weights
+
+    def named(self, name: str) -> Tensor | None:
+        """An entry of the method's state, behind whatever prefix wrappers gave it."""
+        return next((value for key, value in self.state.items() if _last(key) == name), None)
+
+    def digest(self) -> bytes:
+        """Of the weights and the method's state, to the last bit; rotations are on the device and left out."""
+        digest = hashlib.blake2b(self.weights.numpy().tobytes())
+        for name in sorted(self.state):
+            if _last(name) != "rotations":
+                digest.update(name.encode())
+                digest.update(self.state[name].contiguous().numpy().tobytes())
+        return digest.digest()
+
+    def replace(self, old: Tensor, new: Tensor) -> None:
+        """The same entry of the method's state on another device or in another precision."""
+        self.state = {name: new if value is old else value for name, value in self.state.items()}
+
+    def forget_rotations(self) -> None:
+        """They are in the heads now."""
+        self.state = {name: value for name, value in self.state.items() if _last(name) != "rotations"}
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        return {"version": VERSION, "tasks": list(self._tasks), "method": repr(self._method)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resume needs."""
+        return {
+            "kind": KIND,
+            **self._identity(),
+            "step": self.step,
+            "weights": self.weights.clone(),
+            "state": {name: value.clone() for name, value in self.state.items()},
+            "weight_sum": self._weight_sum.clone(),
+            "weight_steps": self._weight_steps,
+            "held": self.held,
+            "skipped": self.skipped,
+            "frozen": self.frozen,
+            "record": self.record.state_dict(),
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any], strict: bool) -> None:
+        """Takes up what ``state_dict`` gave; see ``Weighter.load_state_dict``."""
+        if not isinstance(saved, Mapping) or saved.get("kind") != KIND:
+            raise checks.not_our_state(saved)
+        differences = {name: (saved[name], here) for name, here in self._identity().items() if saved[name] != here}
+        if differences and (strict or "version" in differences):
+            raise checks.other_checkpoint(differences)
+        self.step, self.held, self.skipped, self.frozen = (saved[n] for n in ("step", "held", "skipped", "frozen"))
+        if not differences:
+            self.weights = saved["weights"].clone()
+            self.state = {name: value.clone() for name, value in saved["state"].items()}
+            self._weight_sum, self._weight_steps = saved["weight_sum"].clone(), saved["weight_steps"]
+            self.record.load_state_dict(saved["record"])
+            return
+        rows = [saved["tasks"].index(task) if task in saved["tasks"] else None for task in self._tasks]
+        weights, fresh = self._method.init(self._tasks, self._initial_weights)
+        self.weights = _rows_that_fit(weights, saved["weights"], rows)
+        same_method = type(self._method).__name__ == saved["method"].partition("(")[0]
+        old: State = saved["state"] if same_method else {}
+        self.state = {name: _rows_that_fit(v, old[name], rows) if name in old else v for name, v in fresh.items()}
+
+
+def _last(name: str) -> str:
+    """The name that a method gave an entry of its state: wrappers write a prefix and a dot before it."""
+    return name.rpartition(".")[2]
+
+
+def _rows_that_fit(new: Tensor, old: Tensor, rows: Sequence[int | None]) -> Tensor:
+    """``new`` with the rows of the tasks that ``old`` also had; a tensor that has no row per task as it was."""
+    known = max((row for row in rows if row is not None), default=-1)
+    if old.shape[1:] == new.shape[1:] and old.ndim and len(new) == len(rows) and len(old) > known:
+        new = new.clone()
+        for k, row in enumerate(rows):
+            if row is not None:
+                new[k] = old[row]
+        return new
+    return old.clone() if old.shape == new.shape else new
