@@ -252,7 +252,7 @@ class Weighter:
         self._finish()
         try:
             self._check_that_losses_reached_the_branch()
-            if self._unfrozen:
+            if self._unfrozen and self.lag:
                 self._progress.count_weights()
             if self._window.blocks:
                 payload = self._window.pack(self._branch.split)
@@ -260,7 +260,7 @@ class Weighter:
                 reduction = self._processes.sum(payload, signature, self._window.condense, rotations)
                 self._pending = reduction, self._progress.step
             else:
-                self._progress.see(self._progress.step, None)
+                self._see(self._progress.step, None)
             self._progress.step += 1
         finally:
             self.reset()
@@ -375,8 +375,14 @@ class Weighter:
         self._progress.update(statistics)
         self._copies.clear()
         checks.finite_weights(self._progress.weights, repr(self.method))
-        self._progress.see(step, statistics)
+        self._see(step, statistics)
         return None
+
+    def _see(self, step: int, statistics: Statistics | None) -> None:
+        """A step ended. With ``lag=0`` its own weights are those of the update that has just been."""
+        if self._unfrozen and self.lag == 0:
+            self._progress.count_weights()
+        self._progress.see(step, statistics)
 
     def _check_agreement(self, header: Tensor, step: int) -> None:
         if self._processes.agreed(header):
@@ -429,7 +435,7 @@ class Weighter:
         self._progress.skipped += 1
         message = checks.not_finite(what, self.tasks, bad, self._processes.world, step)
         self._warn_once(what, message)
-        self._progress.see(step, None)
+        self._see(step, None)
         if what != "loss" and self._has_scaler:
             return
         self._progress.held += 1

@@ -156,6 +156,16 @@ def test_average_weights_are_those_that_were_applied_in_the_unfrozen_steps():
     assert len(set(applied)) == 4
 
 
+def test_average_weights_with_lag_0_are_those_of_the_steps_themselves():
+    weighter, model = weighter_and_model(MGDA(), lag=0)
+    applied = []
+    for step in range(3):
+        weighter.backward(losses_of(model, step))
+        applied.append(weighter.weights["depth"])  # of the window that has just been, its only micro-batch
+    assert len(set(applied)) == 3
+    assert weighter.average_weights["depth"] == pytest.approx(sum(applied) / 3, rel=1e-14)
+
+
 # ---- what is kept for people -------------------------------------------------------------------------------------
 
 
