@@ -162,7 +162,7 @@ def test_average_weights_with_lag_0_are_those_of_the_steps_themselves():
     for step in range(3):
         weighter.backward(losses_of(model, step))
         applied.append(weighter.weights["depth"])  # of the window that has just been, its only micro-batch
-    assert len(set(applied)) == 3
+    assert len(set(applied)) > 1
     assert weighter.average_weights["depth"] == pytest.approx(sum(applied) / 3, rel=1e-14)
 
 
