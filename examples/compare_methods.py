@@ -7,7 +7,7 @@ equal weights, random weights, and static weights, which are themselves chosen o
 
     python examples/compare_methods.py
 
-makes 380 short runs, two at a time. Every finished run is a line of `runs.jsonl` in `--output_dir`; after an
+makes 560 short runs, two at a time. Every finished run is a line of `runs.jsonl` in `--output_dir`; after an
 interruption the same command goes on where it was. Prints a table and writes it to `table.txt`, and a picture of how
 two tasks trade off to `compare_methods.png`.
 """
@@ -35,18 +35,27 @@ from torch import Tensor, nn
 from accel_weighting import (
     FAMO,
     IMTLG,
+    IMTLL,
     MGDA,
+    AlignedMTL,
     CAGrad,
     ConFIG,
     CoVWeighting,
+    DynamicWeightAverage,
     EqualWeighting,
+    GeometricLoss,
+    GradientBalancer,
     GradNorm,
     Method,
     NashMTL,
     PCGrad,
     RandomLossWeighting,
+    ReLoBRaLo,
     RotoGrad,
+    RotoGradNorm,
     ScaleInvariant,
+    SmoothTchebycheff,
+    SoftAdapt,
     StaticWeighting,
     UncertaintyWeighting,
     Weighter,
@@ -65,22 +74,34 @@ def static(total: float, pixels: float) -> Candidate:
     return Candidate(StaticWeighting({**dict.fromkeys(TASKS, 1.0), "sum": total, "pixels": pixels}))
 
 
+EPOCH = 64  # steps
+
+
 # To try another method, add a row. Of several candidates the validation set chooses, as it does of learning rates.
 METHODS = {
     "equal": [Candidate(EqualWeighting())],
     "static": [static(total, pixels) for total in (0.1, 0.01) for pixels in (1, 10)],
     "random": [Candidate(RandomLossWeighting())],
     "uncertainty": [Candidate(UncertaintyWeighting(classification=("left", "right", "parity")))],
+    "imtl-l": [Candidate(IMTLL())],
+    "dwa": [Candidate(DynamicWeightAverage(steps_per_epoch=EPOCH))],
+    "softadapt": [Candidate(SoftAdapt())],
+    "relobralo": [Candidate(ReLoBRaLo())],
+    "tchebycheff": [Candidate(SmoothTchebycheff(warmup=EPOCH), lag=0)],
+    "geometric": [Candidate(GeometricLoss(), lag=0)],
     "log losses": [Candidate(ScaleInvariant(), lag=0)],
     "famo": [Candidate(FAMO(), lag=0)],
     "cov": [Candidate(CoVWeighting())],
     "gradnorm": [Candidate(GradNorm(alpha=0.0))],
     "rotograd": [Candidate(RotoGrad(), lag=0)],
     "magnitudes": [Candidate(RotoGrad(rotate=False), lag=0)],
+    "rotograd_norm": [Candidate(RotoGradNorm(alpha=0.0))],
+    "balancer": [Candidate(GradientBalancer())],
     "mgda": [Candidate(MGDA(), lag=0)],
     "pcgrad": [Candidate(PCGrad(), lag=0)],
     "cagrad": [Candidate(CAGrad(), lag=0)],
     "imtl-g": [Candidate(IMTLG(), lag=0)],
+    "aligned-mtl": [Candidate(AlignedMTL(), lag=0)],
     "nash-mtl": [Candidate(NashMTL(), lag=0)],
     "config": [Candidate(ConFIG(), lag=0)],
 }
@@ -127,7 +148,9 @@ def train(job: tuple[str, int, float, int, int]) -> Run:
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     weighter = Weighter(candidate.method, list(TASKS), heads=dict(model.heads), lag=candidate.lag)
-    order = torch.stack([torch.randperm(len(train_set["image"])) for _ in range(math.ceil(steps / 64))]).view(-1, 128)
+    order = torch.stack([torch.randperm(len(train_set["image"])) for _ in range(math.ceil(steps / EPOCH))]).view(
+        -1, 128
+    )
     start = time.process_time()
     for rows in order[:steps]:
         outputs = model(train_set["image"][rows])
@@ -299,13 +322,13 @@ def draw(runs: list[Run], tasks: tuple[str, str], path: Path) -> None:
 
     best = chosen(runs)
     figure, ax = plt.subplots(figsize=(9, 6), layout="constrained")
-    colours = plt.get_cmap("tab20")
+    colours, markers = plt.get_cmap("turbo").resampled(len(best)), "o^Dv"
     for k, (name, group) in enumerate(best.items()):
         others = [g for (method, _, _), g in settings(runs).items() if method == name]
         means = [[fmean(run["test"][task] for run in g) for g in others] for task in tasks]
         ax.scatter(*means, s=8, color=colours(k), alpha=0.5, linewidths=0)
         (x, dx), (y, dy) = (interval([run["test"][task] for run in group]) for task in tasks)
-        marker = "s" if name in ("equal", "static", "random") else "o"
+        marker = "s" if name in ("equal", "static", "random") else markers[k % len(markers)]
         ax.errorbar(x, y, dy, dx, fmt=marker, color=colours(k), markersize=7, elinewidth=1, label=name)
     xs, ys = ([fmean(run["test"][task] for run in group) for group in best.values()] for task in tasks)
     for axis, values, task in ((ax.xaxis, xs, tasks[0]), (ax.yaxis, ys, tasks[1])):
