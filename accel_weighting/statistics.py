@@ -95,3 +95,9 @@ def initial_vector(tasks: Sequence[str], values: Mapping[str, float] | Tensor | 
     if isinstance(values, Tensor):
         return values.detach().to("cpu", torch.float64, copy=True)
     return torch.tensor([float(values.get(task, default)) for task in tasks], dtype=torch.float64)
+
+
+def require(method: Method, name: str, valid: bool, rule: str) -> None:
+    """A ``ValueError`` that names the hyperparameter, its rule and what was found, unless it is ``valid``."""
+    if not valid:
+        raise ValueError(f"Parameter `{name}` must {rule}. Found `{name} = {getattr(method, name)!r}`.")

@@ -123,6 +123,26 @@ def equal_projections(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(n > 0, a / n, 0.0), p, a.sum()
 
 
+def increasing_root(f: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, tolerance: Tensor) -> Tensor:
+    """Where ``f``, increasing and at most 0 at ``low``, is 0 up to ``tolerance``; ``high`` where it is nowhere above 0.
+
+    Regula falsi in the Illinois variant: a few steps where f is piecewise linear.
+    """
+    below, above, x, last = f(low), f(high), high, 0 * low
+    for _ in range(60 if above > 0 else 0):
+        x = high - above * (high - low) / (above - below)
+        y = f(x)
+        if y.abs() <= tolerance:
+            break
+        again = y * last > 0  # twice on the same side: give the other end less to say
+        last = y
+        if y > 0:
+            high, above, below = x, y, below / 2 if again else below
+        else:
+            low, below, above = x, y, above / 2 if again else above
+    return x
+
+
 def mixed_seed(seed: int, counter: int) -> int:
     """A seed for draw number ``counter``: 32 bits, since torch's CPU generator reads no more of it."""
     return (seed * 0x9E3779B1 + counter) & 0xFFFFFFFF

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from accel_weighting.methods.algebra import RANK, GramMethod, cosines
+from accel_weighting.statistics import require
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,7 @@ class AlignedMTL(GramMethod):
     scale: Literal["min", "median", "rmse"] = "min"
 
     def __post_init__(self) -> None:
-        if self.scale not in ("min", "median", "rmse"):
-            raise ValueError(f"Parameter `scale` must be 'min', 'median' or 'rmse'. Found `scale = {self.scale!r}`.")
+        require(self, "scale", self.scale in ("min", "median", "rmse"), "be 'min', 'median' or 'rmse'")
 
     def solve(self, M: Tensor) -> Tensor:
         """Row means of the balance matrix B, ``[K]``."""

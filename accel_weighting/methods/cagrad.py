@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from accel_weighting.methods.algebra import LIMIT, RANK, GramMethod, min_norm
+from accel_weighting.methods.algebra import LIMIT, RANK, GramMethod, increasing_root, min_norm
+from accel_weighting.statistics import require
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class CAGrad(GramMethod):
     Its dual is ``min_w g_w·g_0 + √φ‖g_w‖`` over the simplex, ``g_w = Σ w_k g_k``, ``√φ = c‖g_0‖``, and its solution
     ``d = g_0 + (√φ/‖g_w‖) g_w``: weights ``1/K + s w_k`` with ``s = √φ/‖g_w‖``, not divided by ``1 + c²`` or the
     like, as in TorchJD. For a fixed s the best w is the one with the shortest ``g_0 + s g_w``, MGDA's problem, and
-    ``s‖g_w‖`` grows with s, so what is left is a root in one dimension.
+    ``s‖g_w‖`` grows with s, so what is left is a root in one dimension; in ``S = s²`` it is piecewise linear.
 
     Where ``g_w`` vanishes (a Pareto-stationary point) s has a pole; it stops at 1,000, and where ``g_0`` vanishes
     too it is 0.
@@ -34,8 +35,7 @@ class CAGrad(GramMethod):
     c: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.c < 1:
-            raise ValueError(f"Parameter `c` must be in [0, 1). Found `c = {self.c}`.")
+        require(self, "c", 0 <= self.c < 1, "be in [0, 1)")
 
     def solve(self, M: Tensor) -> Tensor:
         """Weights ``1/K + s w``, ``[K]``, of sum 1 + s."""
@@ -46,29 +46,16 @@ class CAGrad(GramMethod):
         if phi <= RANK**2:
             return mean
 
-        def excess(S: Tensor) -> tuple[Tensor, Tensor]:
+        def pull(S: Tensor) -> Tensor:
+            """``s w`` for ``s = √S``: of ‖g_0 + s g_w‖ the smallest."""
             s = S.sqrt()
             P = b.mean() + s * (b + b[:, None]) + S * M
-            w = min_norm(P, P.diagonal().mean())
-            return S * (w @ M @ w) - phi, mean + s * w
+            return s * min_norm(P, P.diagonal().mean())
+
+        def excess(S: Tensor) -> Tensor:
+            x = pull(S)
+            return x @ M @ x - phi
 
         shortest = min_norm(M)
-        low = phi / M.diagonal().max()
-        high = phi / (shortest @ M @ shortest).clamp(min=phi / LIMIT**2)
-        (below, weights), (above, at_high) = excess(low), excess(high)
-        if above <= 0:
-            return at_high
-        # Regula falsi in S = s² (the Illinois variant): S‖g_w‖² is piecewise linear in S, so it ends in a few steps.
-        last = phi * 0
-        for _ in range(60):
-            S = high - above * (high - low) / (above - below)
-            f, weights = excess(S)
-            if f.abs() <= 1e-12 * phi:
-                break
-            again = f * last > 0  # twice on the same side: give the other end less to say
-            last = f
-            if f > 0:
-                high, above, below = S, f, below / 2 if again else below
-            else:
-                low, below, above = S, f, above / 2 if again else above
-        return weights
+        low, high = phi / M.diagonal().max(), phi / (shortest @ M @ shortest).clamp(min=phi / LIMIT**2)
+        return mean + pull(increasing_root(excess, low, high, 1e-12 * phi))

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from accel_weighting.methods.algebra import GramMethod, cosines, min_norm
+from accel_weighting.statistics import require
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,7 @@ class MGDA(GramMethod):
     normalize: Literal["norm"] | None = None
 
     def __post_init__(self) -> None:
-        if self.normalize not in (None, "norm"):
-            raise ValueError(f"Parameter `normalize` must be None or 'norm'. Found `normalize = {self.normalize!r}`.")
+        require(self, "normalize", self.normalize in (None, "norm"), "be None or 'norm'")
 
     def solve(self, M: Tensor) -> Tensor:
         """The minimiser α, ``[K]``."""

@@ -554,7 +554,7 @@ def test_balancer_keeps_the_total_norm_by_default():
         (lambda: GradientBalancer({"a": 0.0}), "`shares` must be positive"),
         (lambda: GradientBalancer(decay=1.1), "`decay`"),
         (lambda: GradientBalancer(total_norm=-1.0), "`total_norm`"),
-        (lambda: GradientBalancer({"x": 1.0}).init(["a", "b"]), r"unknown tasks \['x'\]"),
+        (lambda: GradientBalancer({"x": 1.0}).init(["a", "b"]), r"name tasks out of \['a', 'b'\]"),
     ],
 )
 def test_wrong_arguments_say_what_is_right(make, message):
