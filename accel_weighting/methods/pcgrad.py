@@ -46,6 +46,7 @@ class PCGrad(GramMethod):
 
     def solve(self, M: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Sum over the rows of W, where ``g_i^PC = Σ_k W_ik g_k``."""
+        generator = generator or torch.Generator()  # never the user's
         i = torch.arange(len(M))
         W = torch.eye(len(M), dtype=M.dtype)
         orders = torch.stack([torch.randperm(len(M), generator=generator) for _ in i])
