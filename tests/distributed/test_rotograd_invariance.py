@@ -18,6 +18,7 @@ from accel_weighting.branch import Branch
 from accel_weighting.window import Sums, Window
 from tests.ranks import accelerator_for, run_ranks
 from tests.scenarios import (
+    WIDTH,
     Cell,
     Net,
     Run,
@@ -203,6 +204,37 @@ def test_normalising_every_micro_batch_by_itself_is_seen(whole: dict[str, Run], 
     assert difference(whole["sabotaged"], whole["heads"], FIELDS) < 1e-12  # right for a single block
     assert difference(whole["sabotaged, cut"], whole["heads"], ["rotations"]) > 1e-4
     assert difference(launched("ddp", 2)[0]["sabotaged"], whole["heads"], ["rotations"]) > 1e-4
+
+
+def overflowing() -> list[Any]:
+    """Four steps on leaves; in step 1, on the last process alone, a product of gradient and feature leaves float32.
+
+    Losses are 0 and gradients all 1e10, so that nothing but the cooperative moment is out of range.
+    """
+    accelerator = accelerator_for("ddp")
+    last = accelerator.process_index == accelerator.num_processes - 1
+    weighter = Weighter(RotoGrad(cooperative_after=0), names(2), accelerator=accelerator)
+    found: list[Any] = []
+    for step in range(4):
+        z = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(step))
+        z[0, 0] = 1e30 if last and step == 1 else 1.0
+        aliases = weighter.branch(z.requires_grad_()).values()
+        directions = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(step + 9)) + 2
+        losses = [1e10 * ((r - r.detach()) @ u).sum() for r, u in zip(aliases, directions, strict=True)]
+        weighter.backward(dict(zip(names(2), losses, strict=True)))
+        weights = torch.tensor(list(weighter.weights.values()))
+        found.append((weights, torch.stack(list(weighter.rotations.values())), weighter.log_values()))
+    weighter.detach()
+    return found
+
+
+def test_a_moment_that_is_not_finite_on_one_process_holds_the_rotations_on_all(tmp_path) -> None:
+    ranks = run_ranks(overflowing, 2, tmp_path)
+    for steps in zip(*ranks, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(steps[0][:2], steps[1][:2], strict=True))
+    R, skipped = [step[1] for step in ranks[0]], [step[2]["weighting/skipped_steps"] for step in ranks[0]]
+    assert torch.equal(R[1], R[0]) and skipped == [0, 1, 1, 1]
+    assert all((a - b).abs().max() > 1e-4 for a, b in ((R[2], R[1]), (R[3], R[2])))
 
 
 # ---- saved and taken up ----------------------------------------------------------------------------------------------
