@@ -399,15 +399,17 @@ class Branch:
             return _wide(x.movedim(self.rotation.dim, -1)[..., :m].reshape(-1, m))  # type: ignore[union-attr]
 
         G = [None if g is None else features(g) for g in rows]
-        zeros = torch.zeros(m, m, dtype=_wide(some[:0]).dtype, device=some.device)
-        products = [
-            zeros if a is None or b is None else a.T @ b / (c[k] * c[j])
-            for (k, a), (j, b) in itertools.combinations(enumerate(G), 2)
-        ]
+        pairs = [(G[k], G[j], c[k] * c[j]) for k, j in itertools.combinations(range(len(G)), 2)]
         if z is not None:
             Z = features(z)
-            products += [zeros if a is None else a.T @ Z / c[k] for k, a in enumerate(G)]
-        return torch.stack(products) if products else zeros[None][:0]
+            pairs += [(g, Z, c[k]) for k, g in enumerate(G)]
+        products = torch.zeros(len(pairs), m, m, dtype=_wide(some[:0]).dtype, device=some.device)
+        for product, (a, b, _) in zip(products, pairs, strict=True):
+            if a is not None and b is not None:
+                torch.mm(a.T, b, out=product)
+        if pairs:
+            products /= torch.stack([factor for *_, factor in pairs])[:, None, None]
+        return products
 
 
 def _wide(x: Tensor) -> Tensor:
