@@ -8,6 +8,7 @@ anything. On a CPU the ratio of the processor times stands beside, which does no
     python examples/benchmark.py --cpu
     accelerate launch --config_file launch_configs/cpu_2.yaml examples/benchmark.py --cpu
     python examples/benchmark.py --cpu --groups peers --peers
+    accelerate launch --config_file launch_configs/cpu_2.yaml examples/benchmark.py --cpu --groups lag
 
 Memory is the largest sum of tensors that were alive at one moment, from the construction of the model to the end of its
 third step. Prints a table and writes `benchmark.json` and `benchmark.png` to `--output_dir`.
@@ -275,6 +276,13 @@ class _Calls(nn.Module):
         return self.function(inputs)
 
 
+def upgrad() -> accel_weighting.Method:
+    """TorchJD's UPGrad as a method of this library."""
+    from torchjd.aggregation import UPGradWeighting
+
+    return accel_weighting.TorchJDWeighting(UPGradWeighting())
+
+
 def torchjd_backward(accelerator: Accelerator, shape: Shape, lr: float) -> tuple[Step, Any]:
     """TorchJD's mtl_backward with UPGrad: a Jacobian of all shared parameters."""
     from torchjd.aggregation import UPGrad
@@ -333,6 +341,12 @@ ROTATIONS = {
     "RotoGrad": weighted(RotoGrad),
     "RotoGrad, every 2nd step": weighted(RotoGrad, update_every=2),
     "RotoGrad, rotate=False": weighted(lambda: RotoGrad(rotate=False)),
+}
+LAGS = {
+    "IMTL-G": METHODS["IMTL-G"],
+    "IMTL-G, lag=0": weighted(IMTLG, lag=0),
+    "UPGrad": weighted(upgrad),
+    "UPGrad, lag=0": weighted(upgrad, lag=0),
 }
 PEERS = {
     "gradnorm-pytorch, parameter": gradnorm_pytorch("parameter"),
@@ -578,8 +592,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--groups",
         default="weights,rotations",
-        help="of weights (GradNorm, CoV, IMTL-G), rotations (RotoGrad at 3 tasks, pooled and tokens) and peers "
-        "(default: weights,rotations)",
+        help="of weights (GradNorm, CoV, IMTL-G), rotations (RotoGrad at 3 tasks, pooled and tokens), lag (Gram "
+        "methods with lag=1 and lag=0, and in one process TorchJD's own way) and peers (default: weights,rotations)",
     )
     parser.add_argument("--rotation_width", type=int, default=512, help="of the trunk and the rotations (default: 512)")
     parser.add_argument("--rotation_length", type=int, default=128, help="tokens of a row, for tokens (default: 128)")
@@ -595,8 +609,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true", help="run on the CPU, also where there are accelerators")
     args = parser.parse_args()
     args.groups = args.groups.split(",")
-    if unknown := sorted(set(args.groups) - {"weights", "rotations", "peers"}):
-        parser.error(f"--groups: {', '.join(unknown)} not among weights, rotations, peers")
+    if unknown := sorted(set(args.groups) - {"weights", "rotations", "lag", "peers"}):
+        parser.error(f"--groups: {', '.join(unknown)} not among weights, rotations, lag, peers")
     args.tasks = [int(k) for k in args.tasks.split(",")]
     if args.peers and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("--peers runs in one process; examples/peers_correctness.py shows what they do in two")
@@ -617,6 +631,9 @@ def main() -> None:
     if "rotations" in args.groups:
         long = wide._replace(tokens=True, length=args.rotation_length if args.trunk == "bert" else args.length)
         groups += [("rotations, pooled", wide, ROTATIONS), ("rotations, tokens", long, ROTATIONS)]
+    if "lag" in args.groups:
+        peer = {"TorchJD mtl_backward": torchjd_backward} if accelerator.num_processes == 1 else {}
+        groups.append(("lag", shape._replace(tasks=3), {**LAGS, **peer}))
     if "peers" in args.groups:
         loops = {"GradNorm": METHODS["GradNorm"], "IMTL-G": METHODS["IMTL-G"], "RotoGrad": ROTATIONS["RotoGrad"]}
         groups.append(("peers", shape._replace(tasks=3), {**loops, **(PEERS if args.peers else {})}))
