@@ -12,7 +12,7 @@ from accel_weighting.methods.algebra import LIMIT, GramMethod
 
 @dataclass(frozen=True)
 class NashMTL(GramMethod):
-    """The Nash bargaining solution: ``Mα = 1/α``, ``α > 0`` (Claim 3.1): every ``α_k g_k·g`` is 1.
+    """The Nash bargaining solution: ``Mα = 1/α``, ``α > 0`` (Algorithm 1): every ``α_k g_k·g`` is 1.
 
     It is the minimum of ``½αᵀMα − Σ log α_k``, which is self-concordant: damped Newton steps reach it from anywhere.
     The paper linearises and calls a solver 20 times; there is nothing of the last solution in this one.

@@ -193,7 +193,7 @@ class RotoGrad(_Rotating):
             positions are samples.
         lr: Step of the rotations. In one update a rotation turns by at most ``lr (K − 1) / K`` radians in any plane,
             reached by a single sample whose tasks pull at right angles.
-        lr_decay: Factor on ``lr`` after every update; the rotations must come to rest before the network (§4.2). The
+        lr_decay: Factor on ``lr`` after every update; the rotations must come to rest before the network. The
             default halves it in 6,931 updates; the authors' example takes 0.99999.
         burn_in: Initial norms (and losses) are taken at a task's first update and again at this one.
         init: ``"identity"``: the model's function is unchanged at the start. ``"haar"``: uniform on SO(d).
