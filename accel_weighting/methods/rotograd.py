@@ -363,9 +363,11 @@ def retract(R: Tensor, X: Tensor, cayley: bool = False) -> Tensor:
 
 
 def orthogonalise(R: Tensor) -> Tensor:
-    """One Newton–Schulz step ``R (3I − RᵀR) / 2``, which squares the error of ``RᵀR``; in float64 whatever R is in."""
+    """One Newton–Schulz step ``R − R (RᵀR − I) / 2``, which squares the error of ``RᵀR``; that is found in float64."""
     W = R if R.device.type == "mps" else R.double()
-    return torch.baddbmm(W, W, torch.bmm(W.mT, W), beta=1.5, alpha=-0.5).to(R.dtype)
+    error = torch.bmm(W.mT, W)
+    error.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return torch.baddbmm(R, R, error.to(R.dtype), alpha=-0.5)
 
 
 def haar(K: int, m: int, seed: int) -> Tensor:
