@@ -140,12 +140,14 @@ def test_any_jacobian(K, rank, seed, scales):
             assert weights.sum().item() == pytest.approx(1, abs=1e-9)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if not isinstance(m, PCGrad)], ids=ids)
+@pytest.mark.parametrize("method", METHODS, ids=ids)
 def test_the_order_of_the_tasks_is_of_no_consequence(method):
     for case, M in ALL.items():
         if case.startswith("nearly"):  # which of two gradients equal to 1e-9 is shorter is a matter of rounding
             continue
-        order = torch.randperm(len(M), generator=torch.Generator().manual_seed(1))
+        if isinstance(method, PCGrad) and len(M) > 2:  # by its definition: two tasks leave nothing to chance
+            continue
+        order = torch.arange(len(M)).roll(1)
         weights, permuted = answer(method, M), answer(method, M[order][:, order])
         # ConFIG's length and Aligned-MTL's σ mix norms 1e±10; a capped CAGrad multiplies the rounding of w by 1,000.
         mixed = isinstance(method, (ConFIG, AlignedMTL)) and "scales" in case
