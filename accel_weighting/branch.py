@@ -8,11 +8,11 @@ which measures them and hands their sum on to the trunk. What arrives at the vec
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -52,15 +52,16 @@ def _(gradients: list[Tensor | None], inputs: Tensor | None, mask: Tensor | None
     return torch.empty_like(next(g for g in gradients if g is not None))
 
 
-def _sum(gradients: Sequence[Tensor]) -> Tensor:
+def _sum(gradients: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
     """A fresh sum; stacked while that is small, since one kernel is then cheaper than several."""
-    if len(gradients) == 1:
-        return gradients[0].clone()
-    if gradients[0].numel() <= CHUNK:
-        return torch.stack(tuple(gradients)).sum(0)
-    total = gradients[0] + gradients[1]
-    for g in gradients[2:]:
-        total += g
+    first = gradients[0]
+    w = None if weights is None else weights.to(first.dtype)
+    if first.numel() <= CHUNK:
+        V = torch.stack(tuple(gradients))
+        return (V if w is None else V * w.view(-1, *(1,) * first.ndim)).sum(0)
+    total = first.clone() if w is None else first * w[0]
+    for k, g in enumerate(gradients[1:], 1):
+        total += g if w is None else g * w[k]
     return total
 
 
@@ -233,8 +234,8 @@ class Branch:
             self._handles.append(self._find_shared_layer().register_forward_hook(self._after_layer))
         for k, head in enumerate(self.find_heads() if self.find_heads is not None else ()):
             self._handles += (
-                head.register_forward_pre_hook(partial(self._before_head, k), prepend=True, with_kwargs=True),
-                head.register_forward_hook(partial(self._after_head, k)),
+                head.register_forward_pre_hook(functools.partial(self._before_head, k), prepend=True, with_kwargs=True),
+                head.register_forward_hook(functools.partial(self._after_head, k)),
             )
 
     def attach_again_at_first_forward(self) -> None:
@@ -368,7 +369,8 @@ class Branch:
             self._measure(block, [g if k in arrived else None for k, g in enumerate(gradients)], inputs, mask)
         if block.shared_weights is None:
             return None
-        return _sum([block.shared_weights[k].to(g.dtype) * g for k, g in enumerate(gradients) if g is not None])
+        weights = [w for w, g in zip(block.shared_weights, gradients, strict=True) if g is not None]
+        return _sum([g for g in gradients if g is not None], torch.stack(weights))
 
     def _measure(self, block: Block, rows: Sequence[Tensor | None], inputs: Tensor | None, mask: Tensor | None) -> None:
         """Gives the sink what the gradients of one join are, free of their factors."""
@@ -420,13 +422,11 @@ def _wide(x: Tensor) -> Tensor:
 def _gram(rows: Sequence[Tensor | None]) -> Tensor:
     """Inner products of all gradients of a join, ``[K, K]``; rows that are None count as zeros."""
     some = next(g for g in rows if g is not None)
-    flat = [None if g is None else g.reshape(-1) for g in rows]
-    gram = None
-    for start in range(0, some.numel(), CHUNK):
-        zeros = some.new_zeros(min(CHUNK, some.numel() - start))
-        V = _wide(torch.stack([zeros if g is None else g[start : start + CHUNK] for g in flat]))
-        gram = V @ V.T if gram is None else gram + V @ V.T
-    return gram if gram is not None else some.new_zeros(len(rows), len(rows), dtype=torch.float32)
+    zeros = some.new_zeros(()).expand_as(some)
+    full = [zeros if g is None else g for g in rows]
+    parts = [full] if some.numel() <= CHUNK else zip(*(g.reshape(-1).split(CHUNK) for g in full), strict=True)
+    stacked = (_wide(torch.stack(tuple(part)).flatten(1)) for part in parts)
+    return functools.reduce(torch.add, (V @ V.T for V in stacked))
 
 
 def _matrices(rows: Sequence[Tensor | None], inputs: Tensor) -> Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import numbers
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 logger = logging.getLogger("accel_weighting")
@@ -512,9 +512,9 @@ def warn_saved_inside_window(blocks: int) -> None:
     )
 
 
-def finite_weights(weights: Tensor, method: str) -> None:
+def finite_weights(weights: Tensor, method: Any) -> None:
     """An assertion about ourselves: a method gave finite weights."""
-    assert torch.isfinite(weights).all(), f"{method} gave weights that are not finite: {weights.tolist()}"
+    assert math.isfinite(weights.sum()), f"{method!r} gave weights that are not finite: {weights.tolist()}"
 
 
 # ---- integrations ------------------------------------------------------------------------------------------------

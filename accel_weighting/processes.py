@@ -46,10 +46,10 @@ def signature_pieces(digest: bytes, pieces: int) -> list[int]:
 
 
 def fingerprint(x: Tensor) -> Tensor:
-    """Two small integers, float64 ``[2]``, that any single flipped bit of ``x`` changes; computed where x is."""
+    """Two small integers, int64 ``[2]``, that any single flipped bit of ``x`` changes; computed where x is."""
     bits = x.contiguous().view(torch.int64 if x.element_size() == 8 else torch.int32).sum(dtype=torch.int64)
     mask = (1 << BITS) - 1
-    return torch.stack([bits & mask, (bits >> BITS) & mask]).double()
+    return torch.stack([bits & mask, (bits >> BITS) & mask])
 
 
 @dataclass
@@ -125,10 +125,11 @@ class Processes:
             condense: Divides the summed payload, still on the device, in what the host reads and what stays.
             large: State on the device that must be alike on all processes, or None.
         """
-        pieces = to_device(torch.tensor([float(s) for s in signature], dtype=torch.float64), payload.device)
+        squared = [number for piece in signature for number in (piece, piece * piece)]
+        header = to_device(torch.tensor([1, *squared], dtype=torch.float64), payload.device)
         if large is not None:
-            pieces = torch.cat([pieces, fingerprint(large).to(payload.device)])
-        header = torch.cat([pieces.new_ones(1), pieces, pieces**2])
+            pieces = fingerprint(large).to(payload.device)
+            header = torch.cat([header, torch.stack([pieces, pieces * pieces], 1).flatten()])
         vector = torch.cat([header, payload])
         if self._first:
             self._first = False
@@ -153,10 +154,8 @@ class Processes:
     def agreed(self, header: Tensor) -> bool:
         """Whether all processes sent the same signature, decided on the summed header alone: W·Σs² = (Σs)²."""
         total, *pieces = (int(x) for x in header.tolist())
-        n = len(pieces) // 2
-        return total == self.world and all(
-            self.world * squares == plain**2 for plain, squares in zip(pieces[:n], pieces[n:], strict=True)
-        )
+        pairs = zip(pieces[::2], pieces[1::2], strict=True)
+        return total == self.world and all(self.world * squares == plain**2 for plain, squares in pairs)
 
     def gather(self, item: Any) -> list[Any]:
         """Every process's ``item``: for an error that all raise together and for the self-check; never in a step."""

@@ -69,12 +69,8 @@ class Progress:
 
     def digest(self) -> bytes:
         """Of the weights and the method's state, to the last bit; rotations are on the device and left out."""
-        digest = hashlib.blake2b(self.weights.numpy().tobytes())
-        for name in sorted(self.state):
-            if _last(name) != "rotations":
-                digest.update(name.encode())
-                digest.update(self.state[name].contiguous().numpy().tobytes())
-        return digest.digest()
+        state = [self.state[name].flatten() for name in sorted(self.state) if _last(name) != "rotations"]
+        return hashlib.blake2b(torch.cat([self.weights, *state]).numpy().tobytes()).digest()
 
     def replace(self, old: Tensor, new: Tensor) -> None:
         """The same entry of the method's state on another device or in another precision."""

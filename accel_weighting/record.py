@@ -30,7 +30,9 @@ class Record:
         self._count = torch.zeros(K, dtype=torch.float64)
         self._mean = torch.zeros(K, dtype=torch.float64)
         self._squares = torch.zeros(K, dtype=torch.float64)  # Welford's sum of squared deviations
-        self.latest: Tensor = torch.full((4 * K + K * (K - 1) // 2 + 1,), torch.nan, dtype=torch.float64)
+        self._pairs = tuple(torch.triu_indices(K, K, 1))
+        self._no_cosines = torch.full((K * (K - 1) // 2,), torch.nan, dtype=torch.float64)
+        self.latest: Tensor = torch.full((len(self.names),), torch.nan, dtype=torch.float64)
 
     @property
     def names(self) -> list[str]:
@@ -41,25 +43,21 @@ class Record:
 
     def see(self, step: int, weights: Tensor, statistics: Statistics | None, skipped: int) -> None:
         """A step ended: its weights, what its window saw (None where held or not measured), steps held so far."""
-        K = len(self.tasks)
-        row = torch.full_like(self.latest, torch.nan)
-        row[:K] = weights
-        row[-1] = skipped
+        unseen = torch.full_like(weights, torch.nan)
+        losses, cov, norms, cosines = unseen, unseen, unseen, self._no_cosines
         if statistics is not None:
-            present = statistics.present
-            self._count += present
-            delta = torch.where(present, statistics.losses - self._mean, 0.0)
+            absent = ~statistics.present
+            losses = statistics.losses.masked_fill(absent, torch.nan)
+            self._count += statistics.present
+            delta = (statistics.losses - self._mean).masked_fill(absent, 0.0)
             self._mean += delta / self._count.clamp(min=1)
-            self._squares += delta * torch.where(present, statistics.losses - self._mean, 0.0)
-            absent = ~present
-            row[K : 2 * K] = statistics.losses.masked_fill(absent, torch.nan)
-            row[2 * K : 3 * K] = (self._squares / self._count).sqrt() / self._mean.abs()
+            self._squares += delta * (statistics.losses - self._mean)
+            cov = (self._squares / self._count).sqrt() / self._mean.abs()
             if statistics.norms is not None:
-                row[3 * K : 4 * K] = statistics.norms.masked_fill(absent, torch.nan)
-            if statistics.gram is not None and K > 1:
-                i, j = torch.triu_indices(K, K, 1)
-                lengths = statistics.gram.diagonal().sqrt()
-                row[4 * K : -1] = statistics.gram[i, j] / (lengths[i] * lengths[j])
+                norms = statistics.norms.masked_fill(absent, torch.nan)
+            if statistics.gram is not None:
+                cosines = (statistics.gram / torch.outer(norms, norms))[self._pairs]
+        row = torch.cat([weights, losses, cov, norms, cosines, weights.new_tensor([skipped])])
         self.latest = row
         if step % self.stride == 0:
             self._steps.append(step)

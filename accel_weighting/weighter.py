@@ -374,7 +374,7 @@ class Weighter:
         self._statistics = statistics
         self._progress.update(statistics)
         self._copies.clear()
-        checks.finite_weights(self._progress.weights, repr(self.method))
+        checks.finite_weights(self._progress.weights, self.method)
         self._see(step, statistics)
         return None
 
@@ -399,7 +399,7 @@ class Weighter:
 
     def _check_statistics(self, statistics: Statistics, split: int) -> None:
         if self.method.positive_losses:
-            negative = (statistics.losses < 0) & statistics.present
+            negative = statistics.losses < 0
             if negative.any():
                 names = [task for task, is_negative in zip(self.tasks, negative.tolist(), strict=True) if is_negative]
                 losses = statistics.losses[negative].tolist()

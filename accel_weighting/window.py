@@ -8,7 +8,6 @@ items). Every number in the vector is therefore a sum, over blocks and then over
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,9 +91,8 @@ class Window:
         if name != "moments":
             value = value.double()
         if name in self._sums:
-            self._sums[name] += value.to(self._sums[name].device)
-        else:
-            self._sums[name] = value.clone()
+            value = self._sums[name] + value.to(self._sums[name].device)
+        self._sums[name] = value
 
     def pack(self, split: bool) -> Tensor:
         """All sums of this process as one float64 vector on the device; its length depends on K and the layer alone."""
@@ -106,15 +104,13 @@ class Window:
             gradients = torch.zeros(K, *(self.matrices or (K,)), dtype=torch.float64, device=device)
         own = gradients.diagonal() if self.matrices is None else gradients.flatten(1).sum(1)
         triangles = self._triangles(device)
-        header = [self.blocks, self.counted, self.vacant, split, tapped]
-        counts = [*map(float, header), *self._present, *self._items]
+        finite = torch.cat([losses, own.to(device), triangles.sum().view(1)]).isfinite()
+        counts = [self.blocks, self.counted, self.vacant, split, tapped, *self._present, *self._items]
         return torch.cat(
             [
+                ~finite,
                 to_device(torch.tensor(counts, dtype=torch.float64), device),
                 losses,
-                (~losses.isfinite()).double(),
-                (~own.isfinite()).double().to(device),
-                (~triangles.isfinite()).any().double().view(1),
                 gradients.flatten().to(device),
                 triangles.flatten(),
             ]
@@ -144,20 +140,19 @@ class Window:
 
     @property
     def _head(self) -> int:
-        return 5 + 5 * self.tasks + 1
+        return 5 * self.tasks + 6
 
     def unpack(self, vector: Tensor, triangles: Tensor, step: int) -> Sums:
         """The two parts of ``condense``, the first on the CPU, as statistics of the whole window."""
         K = self.tasks
-        blocks, counted, vacant, split, tapped = (round(x) for x in vector[:5].tolist())
-        present, items, losses, bad_losses, bad_gradients = vector[5 : self._head - 1].view(5, K)
-        gram = vector[self._head :].view(K, K)
-        n = items if counted else torch.full((K,), float(blocks), dtype=torch.float64)
-        there = present > 0
-        known = tapped or not there.any()  # nobody there: rows of zeros
-        weights = torch.where(there & (n > 0), 1 / n.clamp(min=math.ulp(1.0)), 0.0)
-        gram = gram * torch.outer(weights, weights)
-        gram = (gram + gram.T) / 2
+        numbers = [round(x) for x in vector[: 2 * K + 6].tolist()]
+        bad_moments, blocks, counted, vacant, split, tapped = numbers[2 * K :]
+        present, items, losses = vector[2 * K + 6 : self._head].view(3, K)
+        items = items.clamp(min=1)  # 0 where absent, and so are losses and gradients
+        weights = present.sign() / (items if counted else blocks)
+        gram = vector[self._head :].view(K, K) * torch.outer(weights, weights / 2)
+        gram = gram + gram.T
+        known = tapped or vacant == blocks  # nobody there: rows of zeros
         moments = None
         if self.moments is not None:
             number, m = self.moments
@@ -166,9 +161,9 @@ class Window:
             moments = triangles.view(number, m * (m - 1) // 2) * to_device(scale, triangles.device)[:, None]
         return Sums(
             statistics=Statistics(
-                losses=torch.where(there, losses / items.clamp(min=math.ulp(1.0)), 0.0),
-                present=there,
-                norms=gram.diagonal().clamp(min=0).sqrt() if known else None,
+                losses=losses / items,
+                present=present > 0,
+                norms=gram.diagonal().sqrt() if known else None,
                 gram=gram if known and not split else None,
                 moments=moments,
                 micro_batches=blocks,
@@ -179,9 +174,9 @@ class Window:
             vacant=vacant,
             split=split,
             tapped=tapped,
-            bad_losses=[round(x) for x in bad_losses.tolist()],
-            bad_gradients=[round(x) for x in bad_gradients.tolist()],
-            bad_moments=round(float(vector[self._head - 1])),
+            bad_losses=numbers[:K],
+            bad_gradients=numbers[K : 2 * K],
+            bad_moments=bad_moments,
         )
 
 

@@ -22,13 +22,9 @@ def share(old: Tensor, new: Tensor, present: Tensor) -> Tensor:
         new: Proposed weights, ``[K]``; read where ``present``, positive there.
         present: bool ``[K]``.
     """
-    if not present.any():
-        return old.clone()
-    left = old[present].sum()
-    weights = old.clone()
-    proposed = new[present].clamp(min=FLOOR)
-    weights[present] = proposed * (left / proposed.sum())
-    return weights
+    proposed = new.clamp(min=FLOOR).where(present, 0.0)
+    left = old.where(present, 0.0).sum()
+    return torch.where(present, proposed * (left / proposed.sum()), old)
 
 
 RANK = 1e-7

@@ -111,30 +111,35 @@ class GradNorm(Method):
         w, L, n = state["weights"], statistics.losses, statistics.norms
         assert n is not None
         state = dict(state)
-        on = state["balanced"] & statistics.present  # what stands elsewhere is never read, be it 0/0
+        on = state["balanced"] & statistics.present
 
         r = torch.ones_like(w)
         if self.alpha:
             L_0 = state["initial_losses"]
             L_0 = torch.where(on & (L_0 == 0) & (L > 0), L, L_0)
             on = on & (L_0 > 0)
-            r = L / L_0
-            r = r / r[on].mean().clamp(min=torch.finfo(r.dtype).tiny)  # all losses may have reached 0
-            d = self.initial_loss_decay
-            state["initial_losses"] = torch.where(on, d * L_0 + (1 - d) * L, L_0)
+            r = L / L_0.where(on, 1.0)
+            r = r / (r @ _share(on)).clamp(min=torch.finfo(r.dtype).tiny)  # all losses may have reached 0
+            state["initial_losses"] = torch.where(on, L_0.lerp(L, 1 - self.initial_loss_decay), L_0)
 
-        G = w * n
-        gap = G - G[on].mean() * r**self.alpha
-        s = torch.sign(gap).where(gap.abs() > ROUNDING * G, 0.0)
+        G, mean = w * n, _share(on)
+        gap = G - G @ mean * r**self.alpha
+        s = gap.sign() * (gap.abs() > ROUNDING * G)
         if self.optimizer == "sgd":
             proposed = w - self.lr * s * n
         else:
-            gradient = s * G - w / w[on].sum() * (s * G)[on].sum()  # ∂L_grad/∂v
+            gradient = s * G - w * ((s * G) @ mean / (w @ mean))  # ∂L_grad/∂v
             v, moments = adam_step(w.log(), gradient, state, on, self.lr)
             state |= moments
             proposed = v.exp()  # shared out below, which makes it K softmax(v)
         state["weights"] = share(w, proposed, on)
         return state["weights"], state
+
+
+def _share(on: Tensor) -> Tensor:
+    """What a vector is multiplied by for its mean over the tasks that are ``on``."""
+    on = on.double()
+    return on / on.sum()
 
 
 def _check_names(name: str, named: Iterable[str], tasks: Sequence[str]) -> None:
