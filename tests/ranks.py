@@ -10,6 +10,7 @@ over many cells.
 from __future__ import annotations
 
 import faulthandler
+import math
 import multiprocessing
 import os
 import pickle
@@ -231,7 +232,7 @@ def accelerator_for(
             and for DDP where nothing is sharded.
         zero: More options for DeepSpeed's section `zero_optimization`.
         loss_scale: Where the loss scale of fp16 starts. Accelerate makes no scaler and no autocast for fp16 on a CPU;
-            with this both are put in, and behave as they do on a GPU.
+            with this both are put in, and behave as they do on a GPU. DeepSpeed has a scaler of its own.
         **kwargs: Passed on to `Accelerator`, for example `gradient_accumulation_steps`.
     """
     from accelerate import Accelerator
@@ -255,7 +256,7 @@ def accelerator_for(
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
     if engine.startswith("zero"):
-        return _deepspeed(int(engine[-1]), zero or {}, **kwargs)
+        return _deepspeed(int(engine[-1]), zero or {}, loss_scale, **kwargs)
     if engine in ("plain", "ddp") and not mesh:
         handlers = [DistributedDataParallelKwargs(**ddp)] if ddp else []
         accelerator = Accelerator(cpu=True, kwargs_handlers=handlers, **kwargs)
@@ -290,7 +291,7 @@ def _gated(version: int | None, options: dict[str, Any], mesh: dict[str, int], *
     return Accelerator(fsdp_plugin=plugin, **kwargs)
 
 
-def _deepspeed(stage: int, zero: dict[str, Any], **kwargs: Any) -> Accelerator:
+def _deepspeed(stage: int, zero: dict[str, Any], loss_scale: float | None, **kwargs: Any) -> Accelerator:
     os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}  # before its first import
     import deepspeed
     from accelerate import Accelerator
@@ -304,5 +305,7 @@ def _deepspeed(stage: int, zero: dict[str, Any], **kwargs: Any) -> Accelerator:
     plugin = DeepSpeedPlugin(zero_stage=stage, gradient_accumulation_steps=steps, gradient_clipping=1e9)
     plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # no dataloader goes through `prepare`
     plugin.deepspeed_config["zero_optimization"] |= zero
+    if loss_scale is not None:
+        plugin.deepspeed_config["fp16"] = {"enabled": True, "initial_scale_power": round(math.log2(loss_scale))}
     gloo = InitProcessGroupKwargs(backend="gloo")
     return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[gloo], **kwargs)

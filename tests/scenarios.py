@@ -115,6 +115,7 @@ class Cell:
             gradient at the shared representation) or "parameters" (gradients of the embedding alone).
         interleaved: Whether neighbouring blocks go to different processes in the same micro-batch, so that a
             micro-batch of all processes together is one of a single process.
+        short: How many micro-batches a step has whose window a DataLoader ends early, by step.
     """
 
     method: Method | None
@@ -136,6 +137,7 @@ class Cell:
     size: float = 1.0
     overflow: tuple[tuple[int, int, str], ...] = ()
     interleaved: bool = False
+    short: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -215,6 +217,8 @@ def setup(engine: str, cell: Cell) -> Any:
 
 def train(engine: str, cell: Cell) -> Run:
     """Runs a cell on the processes that are there; this process takes its share of every step's blocks."""
+    from accelerate.data_loader import DataLoaderShard
+
     accelerator = setup(engine, cell)
     world, rank = accelerator.num_processes, accelerator.process_index
     inner = net(cell)
@@ -229,9 +233,12 @@ def train(engine: str, cell: Cell) -> Run:
         weighter = weighter_for(cell, model, inner, accelerator)
     run = Run(world, accelerator.distributed_type.value, [], [], [], [], [], [], set(), 0, {}, {})
     count = CountCollectives()
-    slices = cut(cell, world * cell.micro)
-    mine = range(rank, len(slices), world) if cell.interleaved else range(rank * cell.micro, (rank + 1) * cell.micro)
     for step in range(cell.steps):
+        micro = cell.short.get(step, cell.micro)
+        slices = cut(cell, world * micro)
+        mine: Any = range(rank, len(slices), world) if cell.interleaved else range(rank * micro, (rank + 1) * micro)
+        if step in cell.short:
+            mine = DataLoaderShard(mine, batch_size=None)  # which tells Accelerate of its end
         x, y = batch(step, cell.tasks, cell.dtype)
         if engine.startswith("zero"):  # the one engine that leaves the inputs as they are
             x = x.to(inner.embed.weight.dtype)
@@ -251,8 +258,15 @@ def train(engine: str, cell: Cell) -> Run:
                     items = {**(dict.fromkeys(losses, items) if cell.counts else {}), **dict.fromkeys(gone, 0)}
                 elif gone:
                     losses = {task: loss for task, loss in losses.items() if task not in gone}
+                # Of a short window too Accelerate divides the gradient by the full accumulation. The user's remedy is
+                # a factor on the total, which the statistics must not feel.
+                remedy = cell.micro / micro
                 if weighter is None:
-                    accelerator.backward(torch.stack(list(losses.values())).sum())
+                    accelerator.backward(torch.stack(list(losses.values())).sum() * remedy)
+                elif step in cell.short:
+                    with count:
+                        accelerator.backward(weighter.combine(losses, num_items=items) * remedy)
+                        weighter.step()
                 else:
                     with count:
                         weighter.backward(losses, num_items=items)

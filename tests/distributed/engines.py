@@ -5,20 +5,27 @@ does, and must see the same statistics, take the same weights and rotations and 
 tolerance that has its reason beside it. What torch or DeepSpeed cannot do without any weighter is listed in
 `IMPOSSIBLE` and shown by a control.
 
-    python -m tests.distributed.engines                              the whole matrix, as a table; about an hour
+    python -m tests.distributed.engines                              the whole matrix, as a table
     python -m tests.distributed.engines --pairwise                   what the tests run: all pairs of two choices
     python -m tests.distributed.engines --row ZeRO --precision bf16  some of it
+    python -m tests.distributed.engines --results FILE               go on where an earlier call with FILE ended
+    python -m tests.distributed.engines --pairwise --sabotage gram   the library broken on purpose: must end red
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import os
+import pickle
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +33,7 @@ import torch
 from accel_weighting import CoVWeighting, GradNorm, Method, RotoGrad
 from accel_weighting.methods.mgda import MGDA
 from tests.ranks import RanksFailed, run_ranks
+from tests.sabotage import factors_not_removed, gram_divided_by_M, no_all_reduce_and_nobody_notices
 from tests.scenarios import Cell, Run, assert_ranks_agree, difference, train
 
 # ---- rows: configurations of engines -----------------------------------------------------------------------------
@@ -57,16 +65,16 @@ def policy(precision: str) -> Any:
 
 ROWS = [
     Row("DDP", "ddp"),
-    Row("DDP find_unused", "ddp", setup={"ddp": {"find_unused_parameters": True}}),
-    Row("DDP static_graph", "ddp", setup={"ddp": {"static_graph": True}}),
+    Row("DDP, find_unused_parameters", "ddp", setup={"ddp": {"find_unused_parameters": True}}),
+    Row("DDP, static_graph", "ddp", setup={"ddp": {"static_graph": True}}),
     Row("FSDP1", "fsdp1"),
     Row("FSDP1, heads are units", "fsdp1", fsdp_heads=True),
     Row("FSDP2", "fsdp2"),
     Row("FSDP2, heads are units", "fsdp2", fsdp_heads=True),
-    Row("FSDP2 no reshard", "fsdp2", setup={"fsdp": {"reshard_after_forward": False}}),
-    Row("FSDP2 own policy", "fsdp2", own_policy=True, fsdp_heads=True),
-    Row("HSDP 2x2", "hsdp", world=4),
-    Row("FSDP2 context parallel 2x2", "hsdp", world=4, setup={"mesh": {"cp_size": 2, "dp_shard_size": 2}}),
+    Row("FSDP2, not resharded", "fsdp2", setup={"fsdp": {"reshard_after_forward": False}}),
+    Row("FSDP2, output_dtype left alone", "fsdp2", own_policy=True, fsdp_heads=True),
+    Row("HSDP 2×2", "hsdp", world=4),
+    Row("FSDP2, context parallel 2×2", "hsdp", world=4, setup={"mesh": {"cp_size": 2, "dp_shard_size": 2}}),
     Row("ZeRO-0", "zero0"),
     Row("ZeRO-1", "zero1"),
     Row("ZeRO-2", "zero2"),
@@ -118,18 +126,26 @@ def impossible(row: Row, choice: Choice) -> str | None:
     return next((why for why, applies in IMPOSSIBLE.items() if applies(row, choice)), None)
 
 
+FP16_CPU = torch.ops.mkldnn._is_mkldnn_fp16_supported()  # which is what DeepSpeed asks
+
 IMPOSSIBLE = {
     "static_graph counts the hooks of one backward, and breaks when it accumulates": lambda row, choice: (
         "static_graph" in row.name and choice["micro"] > 1
     ),
-    "find_unused marks a parameter of a re-entrant checkpoint ready twice": lambda row, choice: (
+    "find_unused_parameters marks a parameter of a re-entrant checkpoint ready twice": lambda row, choice: (
         "find_unused" in row.name and choice["checkpoint"].endswith("reentrant")
     ),
-    "DeepSpeed has no fp16 on a CPU": lambda row, choice: (
-        row.engine.startswith("zero") and choice["precision"] == "fp16"
+    "a checkpoint around FSDP1 units keeps torch.compile from compiling anything": lambda row, choice: (
+        row.engine == "fsdp1" and row.fsdp_heads and choice["compile"] and choice["checkpoint"].startswith("join")
     ),
     "DeepSpeed reduces float64 in ZeRO's stages only": lambda row, choice: (
         row.engine == "zero0" and choice["precision"] == "float64"
+    ),
+    "DeepSpeed has no fp16 on a CPU that has none": lambda row, choice: (
+        not FP16_CPU and row.engine.startswith("zero") and choice["precision"] == "fp16"
+    ),
+    "DeepSpeed takes no float64 for ZeRO-3 on a CPU that has fp16": lambda row, choice: (
+        FP16_CPU and row.engine == "zero3" and choice["precision"] == "float64"
     ),
 }
 
@@ -156,6 +172,7 @@ def cell(row: Row, choice: Choice) -> Cell:
         setup=setup,
         options=options,
         interleaved=True,
+        short={2: 1} if choice["micro"] > 1 else {},  # an epoch ends there, and the next one begins
     )
 
 
@@ -191,28 +208,87 @@ def pairwise(rows: Sequence[Row]) -> dict[str, list[Choice]]:
     return taken
 
 
-def full(row: Row) -> list[Choice]:
+def full(rows: Sequence[Row]) -> dict[str, list[Choice]]:
     """Everything but most of what is compiled, which takes seconds where the rest takes a tenth of one."""
-    return [c for c in choices(row) if not c["compile"] or (c["micro"] == 1 and c["checkpoint"] in ("", "join"))]
+    part = pairwise(ROWS)
+    return {
+        row.name: [
+            choice
+            for choice in choices(row)
+            if not choice["compile"]
+            or (choice["micro"] == 1 and choice["checkpoint"] in ("", "join"))
+            or choice in part[row.name]
+        ]
+        for row in rows
+    }
 
 
 # ---- running -----------------------------------------------------------------------------------------------------
+
+SABOTAGES: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "none": nullcontext,
+    "gram": gram_divided_by_M,
+    "all-reduce": no_all_reduce_and_nobody_notices,
+    "scale": factors_not_removed,
+}
+
+
+def train_cell(engine: str, one: Cell) -> Run:
+    """One cell in a process that may have run others."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = train(engine, one)
+    if "dynamo_backend" in one.setup:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"], "nothing was compiled"
+    return run
 
 
 def run_cells(cells: Sequence[tuple[str, Cell]]) -> list[Run | str]:
     """Many cells, each with its engine, in one launch; an error's text where a cell fails."""
     runs: list[Run | str] = []
     for engine, one in cells:
-        compiled = "dynamo_backend" in one.setup
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
         try:
-            runs.append(train(engine, one))
-            if compiled and not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
-                runs[-1] = "nothing was compiled"
-        except Exception as error:
+            runs.append(train_cell(engine, one))
+        except Exception as error:  # noqa: PERF203  a cell's failure is what is asked for
             runs.append(f"{type(error).__name__}: {error}")
     return runs
+
+
+def keep_cells(cells: Sequence[tuple[str, Cell]], folder: Path, sabotage: str) -> None:
+    """Many cells in one launch, which ends at the first that fails; a cell's run is a file as soon as it is over."""
+    with SABOTAGES[sabotage]():
+        for i, (engine, one) in enumerate(cells):
+            kept = _kept(folder, i, int(os.environ["RANK"]))
+            part = kept.with_suffix(".part")
+            part.write_bytes(pickle.dumps(train_cell(engine, one)))
+            part.rename(kept)
+
+
+def _kept(folder: Path, cell: int, rank: int) -> Path:
+    return folder / f"cell{cell}-process{rank}.pickle"
+
+
+def launches(cells: Sequence[tuple[str, Cell]], world: int, folder: str, sabotage: str) -> Iterator[list[Run] | str]:
+    """What every process saw of every cell, or how it ended.
+
+    A cell that fails, dies or hangs takes its launch with it, since nobody knows what it left behind; the next launch
+    begins with the cell after it.
+    """
+    while cells:
+        kept = Path(tempfile.mkdtemp(dir=folder))
+        end = None
+        try:
+            run_ranks(keep_cells, world, folder, cells, kept, sabotage, timeout=120 + 20 * len(cells))
+        except RanksFailed as failure:
+            end = str(failure).splitlines()[0]
+        whole = [all(_kept(kept, i, rank).exists() for rank in range(world)) for i in range(len(cells))]
+        done = len(cells) if end is None else min(whole.index(False) if False in whole else len(cells), len(cells) - 1)
+        for i in range(done):
+            yield [pickle.loads(_kept(kept, i, rank).read_bytes()) for rank in range(world)]
+        if end is not None:
+            yield end
+            done += 1
+        cells = cells[done:]
 
 
 def references(wanted: Iterable[Choice], folder: str) -> dict[str, Run]:
@@ -225,11 +301,10 @@ def references(wanted: Iterable[Choice], folder: str) -> dict[str, Run]:
     return dict(zip(unique, runs, strict=True))  # type: ignore[arg-type]
 
 
-def verdict(row: Row, choice: Choice, ranks: Sequence[Run | str], one: Run) -> tuple[float, str | None]:
+def verdict(row: Row, choice: Choice, runs: Sequence[Run] | str, one: Run) -> tuple[float, str | None]:
     """How far a cell is from one process, and what is wrong with it."""
-    runs = [run for run in ranks if isinstance(run, Run)]
-    if len(runs) < len(ranks):
-        return float("inf"), next(text for text in ranks if isinstance(text, str)).strip().splitlines()[0]
+    if isinstance(runs, str):
+        return float("inf"), runs
     try:
         assert_ranks_agree(runs)
         worst = difference(runs[0], one)
@@ -254,23 +329,20 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], names: Iter
 class Result:
     """A cell, how far it was from one process, what is wrong with it (None: nothing)."""
 
-    row: Row
+    row: str
     choice: Choice
     worst: float
     wrong: str | None
 
 
-def run(part: Sequence[tuple[Row, Choice]], ones: dict[str, Run], folder: str) -> Iterator[Result]:
-    """One launch for all cells, whose rows have the same number of processes."""
-    if not part:
-        return
+def run(
+    part: Sequence[tuple[Row, Choice]], ones: dict[str, Run], folder: str, sabotage: str = "none"
+) -> Iterator[Result]:
+    """As few launches as there can be for cells whose rows have the same number of processes."""
     cells = [(row.engine, cell(row, choice)) for row, choice in part]
-    try:
-        ranks = run_ranks(run_cells, part[0][0].world, folder, cells, timeout=120 + 20 * len(cells))
-    except RanksFailed as failure:
-        ranks = [[str(failure)] * len(cells)] * part[0][0].world
-    for i, (row, choice) in enumerate(part):
-        yield Result(row, choice, *verdict(row, choice, [rank[i] for rank in ranks], ones[str(reference(choice))]))
+    world = part[0][0].world if part else 0
+    for (row, choice), runs in zip(part, launches(cells, world, folder, sabotage), strict=True):
+        yield Result(row.name, choice, *verdict(row, choice, runs, ones[str(reference(choice))]))
 
 
 def controls() -> list[tuple[str, Row, Choice]]:
@@ -293,6 +365,24 @@ def without_weighter(row: Row, choice: Choice) -> Cell:
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
+def known(file: Path | None) -> list[Result]:
+    """The results of earlier calls."""
+    if file is None or not file.exists():
+        return []
+    return [Result(**json.loads(line)) for line in file.read_text().splitlines()]
+
+
+def line(cells: Iterable[str]) -> str:
+    """A row of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+
+def summary(results: Sequence[Result]) -> str:
+    """Right cells of all, and the largest difference."""
+    right = sum(result.wrong is None for result in results)
+    return f"{right}/{len(results)} {max(result.worst for result in results):.0e}" if results else "–"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the matrix and prints it; the exit code is 1 if anything is wrong."""
     parser = argparse.ArgumentParser(
@@ -303,38 +393,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--row", action="append", default=[], metavar="TEXT", help="only rows whose name holds TEXT")
     for name in CHOICES:
         parser.add_argument(f"--{name}", action="append", default=[], metavar="TEXT", help=f"only this {name}")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="keep results in FILE; those in it are not run again"
+    )
+    parser.add_argument("--sabotage", choices=list(SABOTAGES), default="none", help="break the library on purpose")
     given = parser.parse_args(arguments)
+    if given.results and given.sabotage != "none":
+        parser.error("results of a broken library are not kept")
 
     rows = [row for row in ROWS if not given.row or any(text in row.name for text in given.row)]
-    part = pairwise(rows) if given.pairwise else {row.name: full(row) for row in rows}
+    part = pairwise(rows) if given.pairwise else full(rows)
     for name in CHOICES:
         if allowed := getattr(given, name):
             part = {row: [c for c in found if str(c[name]) in allowed] for row, found in part.items()}
     began = time.monotonic()
+    earlier = {(result.row, str(result.choice)): result for result in known(given.results)}
+    results: list[Result] = []
     with tempfile.TemporaryDirectory() as folder:
-        ones = references((reference(choice) for found in part.values() for choice in found), folder)
-        results: list[Result] = []
-        width = max(map(len, (row.name for row in rows)), default=0)
-        print(f"{'':{width}}  " + "".join(f"{name:>18}" for name in PRECISIONS))
+        left = [choice for row, found in part.items() for choice in found if (row, str(choice)) not in earlier]
+        ones = references(map(reference, left), folder) if left else {}
+        print(line(["", *PRECISIONS]))
+        print(line(["---"] * (1 + len(PRECISIONS))))
         for row in rows:
-            print(f"{row.name:{width}}  ", end="", flush=True)
+            shown = [row.name]
             for precision in PRECISIONS:
-                wanted = [(row, choice) for choice in part[row.name] if choice["precision"] == precision]
-                here = list(run(wanted, ones, folder))
+                wanted = [choice for choice in part[row.name] if choice["precision"] == precision]
+                here = [earlier[row.name, str(c)] for c in wanted if (row.name, str(c)) in earlier]
+                fresh = [(row, c) for c in wanted if (row.name, str(c)) not in earlier]
+                for result in run(fresh, ones, folder, given.sabotage):
+                    here.append(result)
+                    if given.results:
+                        with given.results.open("a") as file:
+                            file.write(json.dumps(asdict(result)) + "\n")
+                shown.append(summary(here))
                 results += here
-                right = sum(result.wrong is None for result in here)
-                worst = max((result.worst for result in here), default=0.0)
-                print(f"{f'{right}/{len(here)}  {worst:.0e}' if here else '–':>18}", end="", flush=True)
-            print()
-        print("\nright cells/cells, and the largest relative difference from one process on the whole batch")
-        for name, (limit, reason) in TOLERANCES.items():
-            print(f"  {name:12} {limit:.0e}  {reason}")
-        print("\nNot in the matrix, since they fail without a weighter too:")
-        for why, row, _ in controls():
-            print(f"  {row.name}: {why}")
+            print(line(shown), flush=True)
+    print("\nRight cells of all, and the largest relative difference from one process on the whole batch.")
+    for name, (limit, reason) in TOLERANCES.items():
+        print(f"- {name}: right below {limit:.0e}: {reason}")
+    print("\nNot in the matrix, since they fail without a weighter too:")
+    for why, row, _ in controls():
+        print(f"- {row.name}: {why}")
     wrong = [result for result in results if result.wrong is not None]
     for result in wrong:
-        print(f"WRONG {result.row.name}, {result.choice}: {result.wrong}")
+        print(f"WRONG {result.row}, {result.choice}: {result.wrong}")
     print(f"\n{len(results)} cells, {len(wrong)} wrong, {time.monotonic() - began:.0f} s")
     return bool(wrong)
 

@@ -40,7 +40,7 @@ def ones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 def test_all_pairs_of_choices_follow_one_process(family: str, ones: dict[str, Run], tmp_path) -> None:
     part = [(row, choice) for row in ROWS if row.engine.startswith(family) for choice in PAIRWISE[row.name]]
     results = list(engines.run(part, ones, str(tmp_path)))
-    wrong = [f"{result.row.name}, {result.choice}: {result.wrong}" for result in results if result.wrong]
+    wrong = [f"{result.row}, {result.choice}: {result.wrong}" for result in results if result.wrong]
     assert not wrong, "\n".join(wrong)
 
 
