@@ -141,6 +141,9 @@ IMPOSSIBLE = {
     "DeepSpeed reduces float64 in ZeRO's stages only": lambda row, choice: (
         row.engine == "zero0" and choice["precision"] == "float64"
     ),
+    "DeepSpeed moves parameters otherwise than its optimizer does in fp16 without ZeRO": lambda row, choice: (
+        FP16_CPU and row.engine == "zero0" and choice["precision"] == "fp16"
+    ),
     "DeepSpeed has no fp16 on a CPU that has none": lambda row, choice: (
         not FP16_CPU and row.engine.startswith("zero") and choice["precision"] == "fp16"
     ),
@@ -346,20 +349,19 @@ def run(
 
 
 def controls() -> list[tuple[str, Row, Choice]]:
-    """For everything impossible, the plainest cell of the first row that shows it."""
-    found = []
-    for why, applies in IMPOSSIBLE.items():
-        for row in ROWS:
-            every = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
-            if shown := next((choice for choice in every if applies(row, choice)), None):
-                found.append((why, row, shown))
-                break
-    return found
+    """For everything impossible on this machine, the plainest cell of every row that shows it."""
+    every = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
+    return [
+        (why, row, shown)
+        for why, applies in IMPOSSIBLE.items()
+        for row in ROWS
+        if (shown := next((choice for choice in every if applies(row, choice)), None))
+    ]
 
 
-def without_weighter(row: Row, choice: Choice) -> Cell:
+def without_weighter(row: Row, choice: Choice) -> tuple[str, Cell]:
     """The same training with the plain sum of the losses and nothing of ours."""
-    return replace(cell(row, choice), method=None, options={})
+    return row.engine, replace(cell(row, choice), method=None, options={})
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
