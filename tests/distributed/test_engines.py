@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, RotoGrad, Weighter
 from accel_weighting.processes import SUPPORTED
+from accel_weighting.statistics import State, Statistics
 from tests.distributed import engines
 from tests.distributed.engines import (
     ROWS,
@@ -78,6 +81,49 @@ def test_what_is_not_in_the_matrix_fails_without_a_weighter_too(tmp_path) -> Non
         for (why, row, _), works, fails, run in zip(wanted[::2], right[::2], right[1::2], runs[::2], strict=True):
             assert works, f"{row.name}, {why}: {run}"
             assert not fails, f"{row.name}: not any more: {why}"
+
+
+# ---- the matrix sees what is wrong -------------------------------------------------------------------------------
+
+ONE_CELL = {"method": "GradNorm", "precision": "float64", "micro": 3, "checkpoint": "", "compile": False}
+
+
+@pytest.mark.parametrize("sabotage", engines.SABOTAGES)
+def test_the_command_turns_red_when_one_thing_is_broken(sabotage: str, capsys) -> None:
+    options = [f"--{name}={value}" for name, value in ONE_CELL.items()]
+    code = engines.main(["--row=static_graph", "--row=find_unused", *options, "--sabotage", sabotage])
+    wrong = int(sabotage != "none")
+    assert code == wrong and f"\n1 cells, {wrong} wrong" in capsys.readouterr().out
+
+
+@dataclass(frozen=True)
+class Dies(CoVWeighting):
+    """Takes one process down."""
+
+    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+        if dist.get_rank() == 1:
+            os._exit(3)
+        return super().update(state, statistics)
+
+
+def test_a_cell_that_takes_its_launch_down_hides_no_other(ones: dict[str, Run], tmp_path) -> None:
+    good = engines.cell(ROWS[0], ONE_CELL)
+    cells = [("ddp", good), ("ddp", replace(good, method=Dies())), ("ddp", good)]
+    before, dead, after = engines.launches(cells, 2, str(tmp_path), "none")
+    assert isinstance(dead, str) and dead.startswith("process 1 of 2 ended with exit code 3 without a result")
+    for runs in (before, after):
+        assert engines.verdict(ROWS[0], ONE_CELL, runs, ones[str(reference(ONE_CELL))])[1] is None
+    assert engines.verdict(ROWS[0], ONE_CELL, dead, ones[str(reference(ONE_CELL))])[1] == dead
+
+
+def test_results_that_were_kept_are_not_run_again(tmp_path, capsys) -> None:
+    kept = tmp_path / "results"
+    kept.write_text(json.dumps(asdict(engines.Result(ROWS[1].name, ONE_CELL, 0.25, "seen before"))) + "\n")
+    options = [f"--{name}={value}" for name, value in ONE_CELL.items()]
+    assert engines.main(["--row=find_unused", *options, "--results", str(kept)]) == 1
+    printed = capsys.readouterr().out
+    assert "| DDP, find_unused_parameters | 0/1 2e-01 | – | – | – |" in printed and ": seen before" in printed
+    assert len(kept.read_text().splitlines()) == 1
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------
