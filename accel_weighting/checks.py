@@ -154,14 +154,21 @@ def several_processes_without_accelerator() -> ValueError:
     )
 
 
-def warn_started_alone(launched: int) -> None:
-    """The launcher started several processes, each of which believes it is alone."""
-    warnings.warn(
-        f"The environment says that {launched} processes were launched (WORLD_SIZE), but this accelerator sees one: "
-        "they train apart, each on all of the data. On CPU, launch with ACCELERATE_USE_CPU=true or build "
-        "Accelerator(cpu=True).",
-        stacklevel=5,
-    )
+def warn_started_alone(launched: int | None) -> None:
+    """The environment speaks of several processes, and the accelerator sees one; None: one was started."""
+    if launched is None:
+        message = (
+            "The environment says that a launcher was told of several processes and started one (MASTER_ADDR is set, "
+            "RANK is not): this training has one process. `accelerate launch --cpu --num_processes N` does that. On "
+            "CPU, launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N."
+        )
+    else:
+        message = (
+            f"The environment says that {launched} processes were launched (WORLD_SIZE), but this accelerator sees "
+            "one: they train apart, each on all of the data. On CPU, launch with ACCELERATE_USE_CPU=true or build "
+            "Accelerator(cpu=True)."
+        )
+    warnings.warn(message, stacklevel=4)
 
 
 # ---- what comes with a backward --------------------------------------------------------------------------------

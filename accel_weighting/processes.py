@@ -52,6 +52,13 @@ def fingerprint(x: Tensor) -> Tensor:
     return torch.stack([bits & mask, (bits >> BITS) & mask])
 
 
+def launched_processes() -> int | None:
+    """How many processes the environment says there are; None: several were asked for, and one was started."""
+    if "RANK" not in os.environ and "MASTER_ADDR" in os.environ:
+        return None
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @dataclass
 class Reduction:
     """A vector on its way through the sum over processes.
@@ -86,16 +93,17 @@ class Processes:
     """
 
     def __init__(self, accelerator: Any, group: dist.ProcessGroup | None) -> None:
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        launched = launched_processes()
         initialized = dist.is_available() and dist.is_initialized()
         if accelerator is None:
-            if group is None and (launched > 1 or (initialized and dist.get_world_size() > 1)):
+            several = launched not in (None, 1) or (initialized and dist.get_world_size() > 1)
+            if group is None and several:
                 raise checks.several_processes_without_accelerator()
         else:
             kind = accelerator.distributed_type.value
             if kind not in SUPPORTED:
                 raise checks.unsupported_engine(kind, sorted(SUPPORTED))
-            if launched > 1 and accelerator.num_processes == 1:
+            if launched != 1 and accelerator.num_processes == 1:
                 checks.warn_started_alone(launched)
         alone = not initialized
         if group is None and initialized and accelerator is not None:

@@ -14,7 +14,6 @@ import argparse
 import copy
 import hashlib
 import json
-import os
 import platform
 import socket
 import sys
@@ -24,6 +23,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +35,8 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from . import CoVWeighting, GradNorm, Method, RotoGrad, Statistics, Weighter, __version__
-from .processes import Processes
+from .engines import accelerator_on_cpu, describe_engine
+from .processes import Processes, launched_processes
 
 TASKS = ("small", "middle", "large")
 SCALES = dict(zip(TASKS, (0.3, 1.0, 3.0), strict=True))
@@ -463,44 +464,6 @@ def shout(text: str) -> None:
     print(f"\n{'!' * 100}\n{text}\n{'!' * 100}\n", flush=True)
 
 
-def describe_engine(accelerator: Accelerator) -> str:
-    """The engine by its usual name."""
-    state = accelerator.state.__dict__
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return f"DeepSpeed ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
-    if accelerator.distributed_type == DistributedType.FSDP:
-        mesh = getattr(accelerator, "torch_device_mesh", None)
-        sizes = "" if mesh is None else f", mesh {dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))}"
-        return f"FSDP{state['fsdp_plugin'].fsdp_version}{sizes}"
-    return "one process, no engine" if accelerator.distributed_type == DistributedType.NO else "DDP"
-
-
-def launched_processes() -> int | None:
-    """How many processes the environment says there are; None: several were asked for, and one was started."""
-    if "RANK" not in os.environ and "MASTER_ADDR" in os.environ:
-        return None
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def accelerator_on_cpu(**kwargs: Any) -> Accelerator:
-    """An Accelerator on the CPU for whatever engine the launcher chose, also where Accelerate offers none."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # FSDP1 tells "cpu" from "cpu:0"
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # and not cpu=True, which would turn DeepSpeed off
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo serves, and nothing has to be compiled
-        return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")], **kwargs)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = os.environ["FSDP_SYNC_MODULE_STATES"] = "false"
-        # Accelerate offers FSDP to accelerators only. This type is its one gate; the device stays the CPU.
-        PartialState(cpu=True)
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        return Accelerator(**kwargs)
-    return Accelerator(cpu=True, **kwargs)
-
-
 def check_methods(setting: Setting, report: Report, names: Sequence[str], steps: int) -> None:
     """Trains with every method twice, and writes down where the two differ, the same on all processes."""
     causes = {"statistics": ("losses", "gram"), "weights": ("weights", "rotations"), "model": ("model",)}
@@ -521,7 +484,11 @@ def check(args: argparse.Namespace) -> Report:
     """The whole check; prints as it goes."""
     start = time.perf_counter()
     options = {"gradient_accumulation_steps": args.micro_batches}
-    accelerator = accelerator_on_cpu(**options) if args.cpu else Accelerator(**options)
+    timeout = timedelta(seconds=args.timeout)
+    if args.cpu:
+        accelerator = accelerator_on_cpu(timeout, **options)
+    else:
+        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)], **options)
     report = Report(
         accelerator.num_processes,
         launched_processes(),
@@ -598,6 +565,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--timings", type=int, default=20, help="pairs of steps to time; 0: none (default: 20)")
     parser.add_argument("--expect", type=int, metavar="N", help="fail unless there are N processes")
+    parser.add_argument(
+        "--timeout", type=int, default=60, help="seconds that processes wait for one that does not come (default: 60)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was found there")
     parser.add_argument(
         "--cpu",

@@ -6,8 +6,9 @@ and how many pixels are active. The losses differ in kind and in size, and so do
 
     accelerate launch --config_file launch_configs/cpu_2.yaml examples/multi_digits.py --cpu
 
-With `--compare equal,gradnorm,cov` it trains once with each. Prints a table and writes `multi_digits.json` and
-`multi_digits.png` to `--output_dir`.
+The batch of an optimizer step is `--batch_size` pairs, however many processes and micro-batches it is cut into, on one
+machine or on several, under DDP or FSDP: the weights are the same. With `--compare equal,gradnorm,cov` it trains once
+with each. Prints a table and writes `multi_digits.json` and `multi_digits.png` to `--output_dir`.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import os
 import platform
 import shutil
 import time
+from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -26,16 +28,18 @@ import matplotlib
 import torch
 import transformers
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import DataLoaderConfiguration, set_seed, tqdm
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, set_seed, tqdm
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import ViTConfig, ViTModel
 
 import accel_weighting
 from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, RotoGrad, RotoGradNorm, Weighter, plot_history
+from accel_weighting.engines import accelerator_on_cpu
 
 # To try another method, add a row. Those that weigh losses keep the sum, so that learning rates stay comparable.
 METHODS = {
@@ -106,6 +110,8 @@ def load_pairs(seed: int) -> tuple[DigitPairs, DigitPairs]:
 class MultiDigitModel(nn.Module):
     """A small Vision Transformer as the shared trunk, and one head per task on its class token."""
 
+    _no_split_modules = ViTModel._no_split_modules  # where FSDP finds its units
+
     def __init__(self, width: int = 64, layers: int = 3):
         super().__init__()
         config = ViTConfig(
@@ -164,19 +170,31 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
     accelerator.wait_for_everyone()
 
 
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """For the engine, the processes and the precision that the launcher chose."""
+    AcceleratorState._reset_state()  # Accelerate makes FSDP of the first Accelerator in a process only
+    timeout = timedelta(seconds=args.timeout)
+    options = {
+        "mixed_precision": args.mixed_precision,
+        "gradient_accumulation_steps": args.accumulation,
+        "dataloader_config": DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    }
+    if args.cpu:
+        return accelerator_on_cpu(timeout, **options)
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)], **options)
+
+
 def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One run with one method: its test metrics, final weights, history and duration."""
-    accelerator = Accelerator(
-        cpu=args.cpu,
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.accumulation,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-    )
+    accelerator = make_accelerator(args)
     set_seed(args.seed)
     train_set, test_set = load_pairs(args.seed)
     model = MultiDigitModel()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    train_loader = DataLoader(train_set, batch_size=args.batch_size, shuffle=True, drop_last=True)
+    # An epoch of whole batches: what is left over would make other last steps under another cut.
+    train_set = Subset(train_set, range(len(train_set) // args.batch_size * args.batch_size))
+    micro_batch = args.batch_size // (accelerator.num_processes * args.accumulation)
+    train_loader = DataLoader(train_set, micro_batch, shuffle=True)
     test_loader = DataLoader(test_set, batch_size=512)
     model, optimizer, train_loader, test_loader = accelerator.prepare(model, optimizer, train_loader, test_loader)
     heads = {task: f"heads.{task}" for task in TASKS}
@@ -193,15 +211,15 @@ def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     bar = tqdm(total=args.steps, initial=progress.step, desc=name, mininterval=1)
     while progress.step < args.steps:
-        train_loader.set_epoch(progress.epoch)
-        for batch in skip_first_batches(train_loader, progress.batches):
+        epoch, done = divmod(progress.step, len(train_set) // args.batch_size)
+        train_loader.set_epoch(epoch)
+        for batch in skip_first_batches(train_loader, done * args.accumulation):
             with accelerator.accumulate(model):
                 outputs = model(batch["image"])
-                losses = {task: LOSSES[TASKS[task].loss](outputs[task], batch[task]) for task in TASKS}
+                losses = {task: LOSSES[TASKS[task].loss](outputs[task].float(), batch[task]) for task in TASKS}
                 weighter.backward(losses)
                 optimizer.step()
                 optimizer.zero_grad()
-            progress.batches += 1
             if accelerator.sync_gradients:
                 progress.step += 1
                 last = progress.step == args.steps
@@ -212,8 +230,6 @@ def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
                     save_checkpoint(accelerator, folder, progress.step)
                 if last:
                     break
-        else:
-            progress.epoch, progress.batches = progress.epoch + 1, 0
     bar.close()
     seconds = time.perf_counter() - start
 
@@ -222,7 +238,7 @@ def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "method": repr(weighter.method),
         "processes": accelerator.num_processes,
-        "pairs_per_step": args.batch_size * accelerator.num_processes * args.accumulation,
+        "pairs_per_step": args.batch_size,
         "seconds": seconds,
         "metrics": metrics,
         "weights": weighter.weights,
@@ -274,9 +290,9 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def brief(history: History) -> History:
-    """What the picture shows of a weighter's record, to five digits."""
+    """What the picture shows of a weighter's record, to the digits that float32 has."""
     return [
-        (step, {name: float(f"{value:.5g}") for name, value in values.items() if name.partition("/")[0] in PANELS})
+        (step, {name: float(f"{value:.7g}") for name, value in values.items() if name.partition("/")[0] in PANELS})
         for step, values in history
     ]
 
@@ -321,16 +337,26 @@ def parse_args() -> argparse.Namespace:
         help="several methods, one after the other, from the same seed with the same budget, instead of --method",
     )
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps (default: 1000)")
-    parser.add_argument("--batch_size", type=int, default=64, help="pairs per micro-batch and process (default: 64)")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step (default: 1)")
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        default=128,
+        help="pairs per optimizer step, of all processes and micro-batches together (default: 128)",
+    )
+    parser.add_argument(
+        "--accumulation", type=int, default=1, help="micro-batches per optimizer step and process (default: 1)"
+    )
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW (default: 0.001)")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the pairs, the model and the order")
-    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="(default: no)")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], help="(default: the launcher's)")
     parser.add_argument("--checkpoint_dir", type=Path, help="keep the latest checkpoint of every method here")
     parser.add_argument("--save_every", type=int, default=200, help="optimizer steps between two (default: 200)")
     parser.add_argument("--resume", action="store_true", help="go on from what is in --checkpoint_dir, if anything is")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/multi_digits"), help="(default: %(default)s)")
     parser.add_argument("--cpu", action="store_true", help="train on the CPU, also where there are accelerators")
+    parser.add_argument(
+        "--timeout", type=int, default=300, help="seconds that processes wait for one that is lost (default: 300)"
+    )
     args = parser.parse_args()
     args.methods = args.compare.split(",") if args.compare else [args.method]
     if unknown := sorted(set(args.methods) - set(METHODS)):
@@ -342,7 +368,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision)
+    accelerator = make_accelerator(args)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise SystemExit(
@@ -350,6 +376,11 @@ def main() -> None:
             "On a machine without accelerators, write --cpu after the name of the script."
         )
     accelerator.print(f"Processes: {accelerator.num_processes} ({accelerator.distributed_type.value})")
+    if args.batch_size % (accelerator.num_processes * args.accumulation):
+        raise SystemExit(
+            f"--batch_size {args.batch_size} cannot be cut into {accelerator.num_processes} processes × "
+            f"{args.accumulation} micro-batches of one size."
+        )
 
     runs = {method: train(method, args) for method in args.methods}
     accelerator.print(table(runs))

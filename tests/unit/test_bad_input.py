@@ -276,6 +276,15 @@ def test_processes_that_do_not_see_each_other_are_warned_of(monkeypatch):
         Weighter(EqualWeighting(), TASKS, accelerator=fake_accelerator())
 
 
+def test_a_launcher_that_started_one_of_several_is_warned_of(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # all that `accelerate launch --cpu --num_processes 2` leaves
+    with pytest.warns(UserWarning, match="told of several processes and started one") as caught:
+        for _ in range(2):
+            Weighter(EqualWeighting(), TASKS, accelerator=fake_accelerator())
+    assert {warning.filename for warning in caught} == {__file__}
+
+
 # ---- losses ----------------------------------------------------------------------------------------------------
 
 Pair = namedtuple("Pair", TASKS)
