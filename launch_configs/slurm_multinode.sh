@@ -12,7 +12,8 @@
 
 set -euo pipefail
 export CONFIG=${CONFIG:-launch_configs/fsdp2_multinode.yaml}
-export MAIN_IP=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MAIN_IP=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # apart from `export`, which would hide a failure
+export MAIN_IP
 export MAIN_PORT=$((20000 + SLURM_JOB_ID % 10000)) # two jobs that share a machine do not meet
 export PROCESSES=$((SLURM_JOB_NUM_NODES * ${SLURM_GPUS_ON_NODE:-8}))
 

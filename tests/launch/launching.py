@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -10,13 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+History = list[tuple[int, dict[str, float]]]
 MINUTES = 240.0  # a launch takes ten seconds on a machine of its own
 
 
@@ -79,12 +81,12 @@ class Launched:
             raise AssertionError(f"still running after {seconds:.0f} s:\n{self.output[-4000:]}") from None
         return code, self.output
 
-    def wait_for(self, text: str, seconds: float = MINUTES) -> None:
-        """Until it has printed `text`."""
+    def wait_until(self, is_so: Callable[[], bool], what: str, seconds: float = MINUTES) -> None:
+        """Until something is so, while the command runs."""
         deadline = time.monotonic() + seconds
-        while text not in self.output:
+        while not is_so():
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.output[-4000:]}"
-            assert time.monotonic() < deadline, f"no {text!r} after {seconds:.0f} s:\n{self.output[-4000:]}"
+            assert time.monotonic() < deadline, f"not after {seconds:.0f} s: {what}:\n{self.output[-4000:]}"
             time.sleep(0.05)
 
 
@@ -122,3 +124,16 @@ def read(folder: Path, output: str) -> dict[str, Any]:
     file = folder / "report.json"
     assert file.exists(), f"no report was written:\n{output[-4000:]}"
     return json.loads(file.read_text())
+
+
+def assert_same_history(found: History, one: History) -> None:
+    """The main job's record of every step, to what float32 explains.
+
+    CoV divides by the spread of losses that hardly differ in the first steps, hence the absolute part for weights.
+    """
+    assert len(found) == len(one) > 5 and found[-1][1] != found[0][1]
+    for (step, values), (expected_step, expected) in zip(found, one, strict=True):
+        assert step == expected_step and set(values) == set(expected)
+        for name, value in expected.items():
+            absolute = 1e-5 if name.startswith("weight/") else 0.0
+            assert math.isclose(values[name], value, rel_tol=1e-5, abs_tol=absolute), (step, name, values[name], value)

@@ -6,27 +6,31 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.launch.launching import ROOT, assert_same_history
+
 TASKS = ["left", "right", "sum", "parity", "pixels"]
 
 
-def launch(*options, timeout=120):
-    """`accelerate launch … examples/multi_digits.py` with `options`; its exit code and its output."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch_configs/cpu_2.yaml"]
-    command += ["examples/multi_digits.py", *map(str, options)]
+def run(*command):
+    """Exit code and output of a command."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environ = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environ, text=True, capture_output=True, timeout=timeout)
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environ, text=True, capture_output=True, timeout=120)
     return done.returncode, done.stdout + done.stderr
+
+
+def launch(*options):
+    """`accelerate launch … examples/multi_digits.py` with `options`; its exit code and its output."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch_configs/cpu_2.yaml"]
+    return run(*launcher, "examples/multi_digits.py", *options)
 
 
 def train(folder, *options):
     """A short run that must go well; the output and the results it wrote."""
-    code, output = launch("--cpu", "--batch_size", 16, "--output_dir", folder, *options)
+    code, output = launch("--cpu", "--batch_size", 64, "--output_dir", folder, *options)
     assert code == 0, output
     assert "Processes: 2 (MULTI_CPU)" in output
     results = json.loads((folder / "multi_digits.json").read_text())
@@ -46,7 +50,7 @@ def test_methods_are_compared_on_two_processes(comparison):
     assert list(results["runs"]) == ["equal", "gradnorm", "cov"]
     for run in results["runs"].values():
         assert run["processes"] == 2
-        assert run["pairs_per_step"] == 16 * 2 * 2
+        assert run["pairs_per_step"] == 64
         assert sum(run["weights"].values()) == pytest.approx(5)
         assert list(run["weights"]) == list(run["metrics"]) == TASKS
         steps, values = zip(*run["history"], strict=True)
@@ -75,6 +79,21 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(comparison, tmp_pat
     _, whole = comparison
     for what in ("weights", "metrics", "history"):
         assert resumed["runs"]["gradnorm"][what] == whole["runs"]["gradnorm"][what]
+
+
+def test_two_processes_and_two_micro_batches_give_the_weights_of_one_process_on_the_whole_batch(comparison, tmp_path):
+    options = ("--cpu", "--batch_size", 64, "--compare", "equal,gradnorm,cov", "--steps", 9, "--output_dir", tmp_path)
+    code, output = run(sys.executable, "examples/multi_digits.py", *options)
+    assert code == 0 and "Processes: 1 (NO)" in output, output
+    one = json.loads((tmp_path / "multi_digits.json").read_text())["runs"]
+    for method, cut in comparison[1]["runs"].items():
+        assert_same_history(cut["history"], one[method]["history"])
+
+
+def test_a_batch_that_cannot_be_cut_evenly_is_refused(tmp_path):
+    code, output = launch("--cpu", "--batch_size", 66, "--accumulation", 2, "--output_dir", tmp_path)
+    assert code != 0
+    assert "--batch_size 66 cannot be cut into 2 processes × 2 micro-batches of one size." in output
 
 
 def test_processes_that_do_not_know_of_each_other_stop_at_once(tmp_path):

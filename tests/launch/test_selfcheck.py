@@ -52,6 +52,14 @@ def test_a_missing_all_reduce_fails_with_its_meaning(sabotage: str, problems: li
         assert "The processes no longer agree" in output
 
 
+def test_one_process_that_fails_ends_all_in_bounded_time_and_says_what_it_means() -> None:
+    command = [*ACCELERATE, *TWO, "--multi_gpu", str(ROOT / "tests/launch/sabotaged.py"), "--cpu", "--timeout", "20"]
+    with Launched(command, {"SABOTAGE": "failing on one"}) as one:
+        code, output = one.wait(90)
+    assert code != 0 and "PASSED" not in output
+    assert "no memory left on purpose" in output and MEANING["error"] in output
+
+
 def test_processes_that_believe_to_be_alone_are_shouted_about(tmp_path: Path) -> None:
     code, output, found = selfcheck([*TWO, "--multi_gpu"], tmp_path, ())  # and no --cpu, on a machine without GPUs
     assert code == 1 and "PASSED" not in output
@@ -78,5 +86,5 @@ def test_help_says_how_to_launch(capsys: pytest.CaptureFixture[str]) -> None:
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert "accelerate launch <your configuration> -m accel_weighting.selfcheck" in text
-    for option in ("--steps", "--cpu", "--json", "--expect", "--methods", "--micro_batches"):
+    for option in ("--steps", "--cpu", "--json", "--expect", "--methods", "--micro_batches", "--timeout"):
         assert option in text
