@@ -39,12 +39,13 @@ class AlignedMTL(GramMethod):
     def solve(self, M: Tensor) -> Tensor:
         """Row means of the balance matrix B, ``[K]``."""
         C, n = cosines(M)
+        order = n.argsort(descending=True)  # rows that fall in length keep their digits in the decomposition
+        C, n = C[order][:, order], n[order]
         c, E = torch.linalg.eigh(C)
         keep = c > RANK * c[-1]
         L = n[:, None] * E[:, keep] * c[keep].sqrt()  # M = LLᵀ; its singular values keep the digits that Λ would lose
         V, S, _ = torch.linalg.svd(L, full_matrices=False)
-        keep = S / S[0] > torch.finfo(M.dtype).eps * len(M)
-        V, S = V[:, keep] * (n > 0)[:, None], S[keep]  # a zero gradient's row is rounding, which 1/S would magnify
+        V = V * (n > 0)[:, None]  # a zero gradient's row is rounding, which 1/S would magnify
         sigma = {"min": S[-1], "median": S.median(), "rmse": S.square().mean().sqrt()}[self.scale]
         B = sigma * (V / S) @ V.T
-        return B.mean(1)
+        return B.mean(1)[order.argsort()]

@@ -347,8 +347,6 @@ BEYOND_FLOAT64 = {
     # Where s stops at its limit the library looks for the shortest g_0 + s g_k by their Gram matrix, which holds no
     # gradient 10⁻⁸ times as long as g_0. What the choice among these is worth is in test_gram.py.
     CAGrad: ("scales 1e±6", "scales 1e±10", "scales 1e±10, opposite"),
-    # An eigenvalue of M below 10⁻³¹ of the largest counts as 0 in the library.
-    AlignedMTL: ("scales 1e±10",),
 }
 
 
