@@ -1,14 +1,17 @@
 """What weighting costs: step times, memory and collectives, each against a plain weighted sum measured in the same run.
 
-Every method trains a model of its own. In each round all of them take one step, in a shuffled order, so that what else
-the machine does meets all alike; a ratio is taken within a round, and the table shows the median of the rounds with the
-quartiles. A second plain loop, "plain again", shows how far two equal loops lie apart: no smaller difference means
-anything. On a CPU the ratio of the processor times stands beside, which does not count waiting for other jobs.
+Every method trains a model of its own. In each round all of them take one step, in a shuffled order, and a plain step
+comes before and after each: a ratio is to the mean of these two, so that what else the machine does meets both alike. The
+table shows the median of the rounds with the quartiles. A second plain loop, "plain again", shows how far two equal loops
+lie apart: no smaller difference means anything. On a CPU the ratio of the processor times stands beside, which does not
+count waiting for other jobs, and the processor time that was added. The group `overhead` has a model that does next to
+nothing: what it adds is all there is to add. A loop that has used up its `--seconds` takes part in no further round.
 
     python examples/benchmark.py --cpu
-    accelerate launch --config_file launch_configs/cpu_2.yaml examples/benchmark.py --cpu
-    python examples/benchmark.py --cpu --groups peers --peers
+    python examples/benchmark.py --cpu --groups overhead --rounds 300
+    accelerate launch --config_file launch_configs/cpu_2.yaml examples/benchmark.py --cpu --tasks 4
     accelerate launch --config_file launch_configs/cpu_2.yaml examples/benchmark.py --cpu --groups lag
+    python examples/benchmark.py --cpu --groups peers --peers --width 512 --rounds 6
 
 Memory is the largest sum of tensors that were alive at one moment, from the construction of the model to the end of its
 third step. Prints a table and writes `benchmark.json` and `benchmark.png` to `--output_dir`.
@@ -87,6 +90,18 @@ class ConvTrunk(nn.Module):
         return x.flatten(2).mT
 
 
+class LinearTrunk(nn.Module):
+    """One product: next to nothing."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features of one place, `[batch, 1, width]`."""
+        return self.layer(x)
+
+
 class BertTrunk(nn.Module):
     """BERT's encoder without dropout."""
 
@@ -114,11 +129,14 @@ class Net(nn.Module):
 
     def __init__(self, shape: Shape):
         super().__init__()
-        bert = shape.trunk == "bert"
-        self.trunk = (
-            BertTrunk(shape.width, shape.layers, shape.length) if bert else ConvTrunk(shape.width, shape.layers)
-        )
-        self._no_split_modules = ["BertLayer" if bert else "ConvLayer"]  # where FSDP finds its units
+        if shape.trunk == "bert":
+            self.trunk: nn.Module = BertTrunk(shape.width, shape.layers, shape.length)
+        elif shape.trunk == "conv":
+            self.trunk = ConvTrunk(shape.width, shape.layers)
+        else:
+            self.trunk = LinearTrunk(shape.width)
+        # Where FSDP finds its units.
+        self._no_split_modules = [{"bert": "BertLayer", "conv": "ConvLayer", "linear": "LinearTrunk"}[shape.trunk]]
         self.tokens = shape.tokens
         self.heads = nn.ModuleList(nn.Linear(shape.width, shape.head_outputs) for _ in range(shape.tasks))
 
@@ -140,6 +158,8 @@ class Data:
         if shape.trunk == "bert":
             self.inputs = torch.randint(1024, (shape.batch_size, shape.length), device=device)
             places = shape.length
+        elif shape.trunk == "linear":
+            self.inputs, places = torch.randn(shape.batch_size, 1, shape.width, device=device), 1
         else:
             self.inputs = torch.randn(shape.batch_size, 3, shape.length, shape.length, device=device)
             places = (shape.length // 4) ** 2
@@ -369,6 +389,8 @@ class Row(NamedTuple):
     milliseconds: float
     ratio: list[float]  # lower quartile, median, upper quartile
     cpu_ratio: list[float] | None
+    cpu_added: list[float] | None  # milliseconds of processor time
+    rounds: int
     memory: float | None
     collectives: float
     kilobytes: float
@@ -419,7 +441,7 @@ def peak_memory(make: Callable[[], tuple[Step, Any]], device: torch.device) -> f
 
 
 def quartiles(values: list[float]) -> list[float]:
-    return statistics.quantiles(values, n=4, method="inclusive")
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
 
 
 def measure(
@@ -433,17 +455,44 @@ def measure(
     memory: dict[str, float] = {}
     notes = dict.fromkeys(loops, "")
     sent = {name: Sent() for name in loops}
+    scratch = torch.zeros(1 << 24) if "cold" in group else None  # 64 MB: nothing of ours is left in a cache
+    spent = dict.fromkeys(loops, 0.0)
+    neighbours: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in loops}
+    wall: dict[str, list[float]] = {name: [] for name in loops}
+    cpu: dict[str, list[float]] = {name: [] for name in loops}
+
+    def timed(name: str) -> tuple[float, float]:
+        if scratch is not None:
+            scratch.add_(1)
+        accelerator.wait_for_everyone()
+        synchronize(device)
+        start, cpu_start = time.perf_counter(), time.process_time()
+        last = steps[name]()
+        synchronize(device)
+        taken = time.perf_counter() - start, time.process_time() - cpu_start
+        spent[name] += taken[0]
+        if not all(torch.isfinite(loss) for loss in last):
+            notes[name] = "diverged: a loss is not finite"
+        return taken
+
+    def has_time(name: str, share: float = 1.0) -> bool:
+        """Whether a loop has used less than a share of its time, alike on all processes."""
+        longest = accelerator.reduce(torch.tensor(spent[name], device=device), "mean")
+        return float(longest) < share * args.seconds
+
     bar = tqdm(total=len(loops) + args.rounds, desc=f"{group} K={shape.tasks}", mininterval=1, leave=False)
     for name, make in loops.items():
         try:
-            if args.memory:
-                memory[name] = peak_memory(lambda make=make: make(accelerator, shape, args.lr), device)
             steps[name], weights[name] = make(accelerator, shape, args.lr)
-            for _ in range(3):
-                last = steps[name]()
-            for _ in range(2):  # an even number, for what happens at every second step
+            timed(name)
+            quick = has_time(name, 0.1)
+            for _ in range(2 if quick else 0):  # the last two, an even number, for what happens at every second step
+                sent[name] = Sent()
                 with sent[name].counting():
-                    steps[name]()
+                    timed(name)
+                    timed(name)
+            if args.memory and quick and shape.trunk != "linear":
+                memory[name] = peak_memory(lambda make=make: make(accelerator, shape, args.lr), device)
         except Exception as error:
             steps.pop(name, None)
             notes[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:70]}"
@@ -451,42 +500,49 @@ def measure(
                 raise
         bar.update()
 
-    wall: dict[str, list[float]] = {name: [] for name in steps}
-    cpu: dict[str, list[float]] = {name: [] for name in steps}
-    order, shuffle = list(steps), random.Random(0)
+    shuffle = random.Random(0)  # alike on all processes
     for _ in range(args.rounds):
-        shuffle.shuffle(order)  # alike on all processes
+        order = [name for name in steps if name != "plain" and (not wall[name] or has_time(name))]
+        if not order:
+            break
+        shuffle.shuffle(order)
+        before = timed("plain")
         for name in order:
-            accelerator.wait_for_everyone()
-            synchronize(device)
-            start, cpu_start = time.perf_counter(), time.process_time()
-            last = steps[name]()
-            synchronize(device)
-            wall[name].append(time.perf_counter() - start)
-            cpu[name].append(time.process_time() - cpu_start)
-            if not all(torch.isfinite(loss) for loss in last):
-                notes[name] = "diverged: a loss is not finite"
+            own, after = timed(name), timed("plain")
+            for times, i in ((wall, 0), (cpu, 1)):
+                times[name].append(own[i])
+                times["plain"].append(after[i])
+                neighbours[name][i].append((before[i] + after[i]) / 2)
+            before = after
         bar.update()
     bar.close()
 
     rows = []
     for name in loops:
-        if name not in steps:
-            rows.append(
-                Row(group, name, shape.tasks, float("nan"), [], None, memory_ratio(memory, name), 0, 0, notes[name])
-            )
+        taken, own = neighbours[name], (wall[name], cpu[name])
+        if name == "plain":
+            taken = own
+        if name not in steps or not wall[name]:
+            nothing = Row(group, name, shape.tasks, float("nan"), [], None, None, 0, None, 0, 0, notes[name])
+            rows.append(nothing._replace(memory=memory_ratio(memory, name)))
             continue
-        ended = weights[name]() if weights[name] else []
+        ended = weights[name]() if weights.get(name) else []
         if any(not w > 0 for w in ended):
             notes[name] = "; ".join(filter(None, [notes[name], f"a weight is {min(ended):.2f}"]))
+        if len(wall[name]) < args.rounds:
+            notes[name] = "; ".join(filter(None, [notes[name], f"{len(wall[name])} step(s) in {args.seconds:g} s"]))
+        ratios = [quartiles([a / b for a, b in zip(x, y, strict=True)]) for x, y in zip(own, taken, strict=True)]
+        added = quartiles([1e3 * (a - b) for a, b in zip(own[1], taken[1], strict=True)])
         rows.append(
             Row(
                 group,
                 name,
                 shape.tasks,
                 1e3 * statistics.median(wall[name]),
-                quartiles([a / b for a, b in zip(wall[name], wall["plain"], strict=True)]),
-                quartiles([a / b for a, b in zip(cpu[name], cpu["plain"], strict=True)]) if on_cpu else None,
+                ratios[0],
+                ratios[1] if on_cpu else None,
+                added if on_cpu else None,
+                len(wall[name]),
                 memory_ratio(memory, name),
                 sent[name].calls / 2,
                 sent[name].bytes / 2 / 1e3,
@@ -511,13 +567,16 @@ def synchronize(device: torch.device) -> None:
 
 def table(rows: list[Row]) -> str:
     """All rows as a Markdown table."""
-    head = ["", "K", "step, ms", "× plain [quartiles]", "processor time", "memory", "all-reduces", "kB", ""]
-    lines = [head, ["---"] * len(head)]
+    head = ["", "K", "step, ms", "clock, × plain", "processor, × plain", "processor, + ms"]
+    lines = [[*head, "memory, × plain", "all-reduces", "kB", ""], ["---"] * 10]
     for group, members in itertools.groupby(rows, lambda row: (row.group, row.tasks)):
-        lines.append([f"**{group[0]}**", str(group[1]), *[""] * 7])
+        lines.append([f"**{group[0]}**", str(group[1]), *[""] * 8])
         for row in members:
-            spread = [f"{q[1]:.3f} [{q[0]:.3f}, {q[2]:.3f}]" if q else "–" for q in (row.ratio, row.cpu_ratio)]
-            memory = "not measured" if row.memory is None else f"{row.memory:.3f}"
+            spread = [
+                "–" if not q else f"{q[1]:.{digits}f} [{q[0]:.{digits}f}, {q[2]:.{digits}f}]"
+                for q, digits in ((row.ratio, 3), (row.cpu_ratio, 3), (row.cpu_added, 2))
+            ]
+            memory = "–" if row.memory is None else f"{row.memory:.3f}"
             sent = [f"{row.collectives:g}", f"{row.kilobytes:.1f}"]
             time_ = f"{row.milliseconds:.1f}" if row.ratio else "–"
             lines.append([row.name, str(row.tasks), time_, *spread, memory, *sent, row.note])
@@ -537,30 +596,44 @@ def draw(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    over_tasks = [row for row in rows if row.group.startswith("weights") and row.ratio and row.name != "plain"]
-    single = [row for row in rows if not row.group.startswith("weights") and row.ratio and row.name != "plain"]
-    figure, axes = plt.subplots(1, 2, figsize=(12, 0.5 + max(4, 0.32 * len(single))), layout="constrained")
-    for i, name in enumerate(dict.fromkeys(row.name for row in over_tasks)):
-        own = [row for row in over_tasks if row.name == name]
-        middle = [row.ratio[1] for row in own]
-        reach = [[row.ratio[1] - row.ratio[0] for row in own], [row.ratio[2] - row.ratio[1] for row in own]]
-        places = [row.tasks * 1.03**i for row in own]
-        style = {"color": "0.6", "linestyle": "--"} if name == "plain again" else {}
-        axes[0].errorbar(places, middle, reach, label=name, marker="o", capsize=2, **style)
-    if over_tasks:
-        axes[0].set(xscale="log", xlabel="tasks", ylabel="step time / plain weighted sum")
-        counts = sorted({row.tasks for row in over_tasks})
-        axes[0].set_xticks(counts, counts)
-        axes[0].minorticks_off()
-        axes[0].axhline(1, color="0.8", zorder=0)
-        axes[0].legend(frameon=False)
-    labels = [f"{row.group}: {row.name}" for row in single]
-    axes[1].barh(labels, [row.ratio[1] for row in single], color=["0.7" if "plain" in n else "C0" for n in labels])
-    axes[1].axvline(1, color="0.3", linewidth=0.8)
-    axes[1].invert_yaxis()
-    axes[1].set(xlabel="step time / plain weighted sum")
-    if any(row.ratio[1] > 4 for row in single):
-        axes[1].set_xscale("log")
+    over_tasks = [row for row in rows if row.group == "weights" and row.ratio and row.name != "plain"]
+    overhead = [row for row in rows if "overhead" in row.group and row.cpu_added and row.name != "plain"]
+    single = [row for row in rows if row not in [*over_tasks, *overhead] and row.ratio and row.name != "plain"]
+    curves = [
+        (over_tasks, lambda row: row.ratio, 1, "step time / plain weighted sum"),
+        *(
+            ([row for row in overhead if row.group == group], lambda row: row.cpu_added, 0, f"{group}: processor, + ms")
+            for group in dict.fromkeys(row.group for row in overhead)
+        ),
+    ]
+    curves = [curve for curve in curves if curve[0]]
+    panels = len(curves) + bool(single)
+    size = 6 * panels, 0.5 + max(4, 0.32 * len(single))
+    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
+    for ax, (members, value, base, label) in zip(axes[0], curves, strict=False):
+        for i, name in enumerate(dict.fromkeys(row.name for row in members)):
+            own = [row for row in members if row.name == name]
+            low, middle, high = zip(*map(value, own), strict=True)
+            reach = [
+                [m - x for m, x in zip(middle, low, strict=True)],
+                [x - m for m, x in zip(middle, high, strict=True)],
+            ]
+            style = {"color": "0.6", "linestyle": "--"} if name == "plain again" else {}
+            ax.errorbar([row.tasks * 1.03**i for row in own], middle, reach, label=name, marker="o", capsize=2, **style)
+        counts = sorted({row.tasks for row in members})
+        ax.set(xscale="log", xlabel="tasks", ylabel=label)
+        ax.set_xticks(counts, counts)
+        ax.minorticks_off()
+        ax.axhline(base, color="0.8", zorder=0)
+        ax.legend(frameon=False)
+    if single:
+        ax, labels = axes[0][-1], [f"{row.group}: {row.name}" for row in single]
+        ax.barh(labels, [row.ratio[1] for row in single], color=["0.7" if "plain" in n else "C0" for n in labels])
+        ax.axvline(1, color="0.3", linewidth=0.8)
+        ax.invert_yaxis()
+        ax.set(xlabel="step time / plain weighted sum")
+        if any(row.ratio[1] > 4 for row in single):
+            ax.set_xscale("log")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -586,19 +659,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8, help="per micro-batch and process (default: 8)")
     parser.add_argument("--head_outputs", type=int, default=8, help="of every head; 8,192 are large heads (default: 8)")
     parser.add_argument(
-        "--tasks", default="2,4,8,16,32", help="numbers of tasks in the group weights (default: 2,4,8,16,32)"
+        "--tasks",
+        default="2,4,8,16,32",
+        help="numbers of tasks in the groups weights and overhead (default: 2,4,8,16,32)",
     )
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step (default: 1)")
     parser.add_argument(
         "--groups",
         default="weights,rotations",
-        help="of weights (GradNorm, CoV, IMTL-G), rotations (RotoGrad at 3 tasks, pooled and tokens), lag (Gram "
+        help="of weights (GradNorm, CoV, IMTL-G), overhead (the same on a model that does next to nothing), rotations (RotoGrad at 3 tasks, pooled and tokens), lag (Gram "
         "methods with lag=1 and lag=0, and in one process TorchJD's own way) and peers (default: weights,rotations)",
     )
     parser.add_argument("--rotation_width", type=int, default=512, help="of the trunk and the rotations (default: 512)")
     parser.add_argument("--rotation_length", type=int, default=128, help="tokens of a row, for tokens (default: 128)")
     parser.add_argument("--peers", action="store_true", help="other libraries in the group peers; extra `benchmark`")
     parser.add_argument("--rounds", type=int, default=40, help="steps of every method (default: 40)")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="after which a loop takes part in no further round (default: 60)"
+    )
     parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of AdamW (default: 0.0001)")
     parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="(default: no)")
     parser.add_argument(
@@ -609,8 +687,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true", help="run on the CPU, also where there are accelerators")
     args = parser.parse_args()
     args.groups = args.groups.split(",")
-    if unknown := sorted(set(args.groups) - {"weights", "rotations", "lag", "peers"}):
-        parser.error(f"--groups: {', '.join(unknown)} not among weights, rotations, lag, peers")
+    if unknown := sorted(set(args.groups) - {"weights", "overhead", "rotations", "lag", "peers"}):
+        parser.error(f"--groups: {', '.join(unknown)} not among weights, overhead, rotations, lag, peers")
     args.tasks = [int(k) for k in args.tasks.split(",")]
     if args.peers and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("--peers runs in one process; examples/peers_correctness.py shows what they do in two")
@@ -628,6 +706,13 @@ def main() -> None:
     groups = []
     if "weights" in args.groups:
         groups += [("weights", shape._replace(tasks=K), METHODS) for K in args.tasks]
+    if "overhead" in args.groups:
+        small = shape._replace(trunk="linear", width=16)
+        groups += [
+            (name, small._replace(tasks=K), METHODS)
+            for name in ("overhead", "overhead, cold caches")
+            for K in args.tasks
+        ]
     if "rotations" in args.groups:
         long = wide._replace(tokens=True, length=args.rotation_length if args.trunk == "bert" else args.length)
         groups += [("rotations, pooled", wide, ROTATIONS), ("rotations, tokens", long, ROTATIONS)]
