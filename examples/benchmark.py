@@ -1,15 +1,17 @@
 """What weighting costs: step times, memory and collectives, each against a plain weighted sum measured in the same run.
 
 Every method trains a model of its own. In each round all of them take one step, in a shuffled order, and a plain step
-comes before and after each: a ratio is to the mean of these two, so that what else the machine does meets both alike. The
-table shows the median of the rounds with the quartiles. A second plain loop, "plain again", shows how far two equal loops
-lie apart: no smaller difference means anything. On a CPU the ratio of the processor times stands beside, which does not
-count waiting for other jobs, and the processor time that was added. The group `overhead` has a model that does next to
-nothing: what it adds is all there is to add. A loop that has used up its `--seconds` takes part in no further round.
+comes before and after each: a ratio is to the mean of these two, so that what else the machine does meets all alike.
+The table shows the median of the rounds with the quartiles. A second plain loop, "plain again", shows how far two equal
+loops lie apart: no smaller difference means anything. On a CPU the ratio of the processor times stands beside, which
+does not count waiting for other jobs, and the processor time that was added. The group `overhead` has a model that does
+next to nothing, with warm caches and with caches that other work has filled, as a trunk would. A loop that has used up
+its `--seconds` takes part in no further round.
 
-    python examples/benchmark.py --cpu
-    python examples/benchmark.py --cpu --groups overhead --rounds 300
-    accelerate launch --config_file launch_configs/cpu_2.yaml examples/benchmark.py --cpu --tasks 4
+    python examples/benchmark.py --cpu --groups weights --rounds 20
+    python examples/benchmark.py --cpu --groups overhead --rounds 100
+    python examples/benchmark.py --cpu --groups rotations --rounds 10
+    accelerate launch --config_file launch_configs/cpu_2.yaml examples/benchmark.py --cpu --groups weights --tasks 4
     accelerate launch --config_file launch_configs/cpu_2.yaml examples/benchmark.py --cpu --groups lag
     python examples/benchmark.py --cpu --groups peers --peers --width 512 --rounds 6
 
@@ -225,7 +227,8 @@ def weighted(method: Callable[[], Any], **options: Any) -> Callable[..., tuple[S
         tasks = [f"task {k}" for k in range(shape.tasks)]
         heads = {task: f"heads.{k}" for k, task in enumerate(tasks)}
         weighter = Weighter(method(), tasks, accelerator=accelerator, heads=heads, model=net, **options)
-        return loop(accelerator, net, optimizer, data, weighter.backward), lambda: list(weighter.weights.values())
+        own = weighter.method.acts_on == "losses"  # there no weight may be negative
+        return loop(accelerator, net, optimizer, data, weighter.backward), lambda: list(weighter.weights.values()) * own
 
     return make
 
@@ -655,6 +658,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--trunk", choices=["bert", "conv"], default="bert", help="(default: bert)")
     parser.add_argument("--layers", type=int, default=4, help="of the trunk (default: 4)")
     parser.add_argument("--width", type=int, default=256, help="of the trunk in the group weights (default: 256)")
+    parser.add_argument("--tokens", action="store_true", help="heads on every token, not on their mean, in all groups")
     parser.add_argument("--length", type=int, default=64, help="tokens, or pixels a side of an image (default: 64)")
     parser.add_argument("--batch_size", type=int, default=8, help="per micro-batch and process (default: 8)")
     parser.add_argument("--head_outputs", type=int, default=8, help="of every head; 8,192 are large heads (default: 8)")
@@ -667,8 +671,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--groups",
         default="weights,rotations",
-        help="of weights (GradNorm, CoV, IMTL-G), overhead (the same on a model that does next to nothing), rotations (RotoGrad at 3 tasks, pooled and tokens), lag (Gram "
-        "methods with lag=1 and lag=0, and in one process TorchJD's own way) and peers (default: weights,rotations)",
+        help="of weights (GradNorm, CoV, IMTL-G), overhead (the same on a model that does next to nothing), rotations "
+        "(RotoGrad at 3 tasks, pooled and tokens), lag (Gram methods with lag=1 and lag=0; alone, TorchJD's "
+        "way) and peers (default: weights,rotations)",
     )
     parser.add_argument("--rotation_width", type=int, default=512, help="of the trunk and the rotations (default: 512)")
     parser.add_argument("--rotation_length", type=int, default=128, help="tokens of a row, for tokens (default: 128)")
@@ -701,7 +706,7 @@ def main() -> None:
     accelerator = accelerator_on_cpu(**options) if args.cpu else Accelerator(**options)
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise SystemExit("The launched processes do not see each other. Without accelerators, add --cpu.")
-    shape = Shape(args.trunk, 0, args.width, args.layers, args.length, args.batch_size, args.head_outputs, False)
+    shape = Shape(args.trunk, 0, args.width, args.layers, args.length, args.batch_size, args.head_outputs, args.tokens)
     wide = shape._replace(tasks=3, width=args.rotation_width)
     groups = []
     if "weights" in args.groups:
