@@ -203,18 +203,19 @@ class Weighter:
                 raise checks.window_not_closed()
         self._finish()
         v = self._stack(named, present, empty)
+        seen = v.detach()
         self._branch.forget()
         on_losses = self.method.acts_on == "losses"
         record = gradients and not freeze and self._measuring
         if on_losses:
             at_once = record and self.lag == 0
-            weights = self._decide(v.detach(), present, counts, None) if at_once else self._progress.weights
+            weights = self._decide(seen, present, counts, None) if at_once else self._progress.weights
             w = self._on_device(weights, v)
         else:
             loss_weights = self._progress.named("loss_weights")
             w = torch.ones_like(v) if loss_weights is None else self._on_device(loss_weights, v)
         if self._caps:
-            w = w * self._scale_down(v.detach())
+            w = w * self._scale_down(seen)
         total = (v * w).sum()  # autocast would run a product of vectors in half precision
         if not gradients:
             return total
@@ -230,10 +231,11 @@ class Weighter:
         )
         if record:
             self._warn_of_half_precision(named)
-            self._window.add_block(v.detach(), present, counts)
+            self._window.add_block(seen, present, counts)
             self._expected |= present
             if self.lag == 0 and not on_losses:
-                block.decide = lambda gram: self._on_device(self._decide(v.detach(), present, counts, gram), v)
+                # `seen`, not v: a hook of v that held v itself would keep every step's graph for ever.
+                block.decide = lambda gram: self._on_device(self._decide(seen, present, counts, gram), seen)
         if block.record or not on_losses:
             self._branch.arm(v, block)
         return total

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
-from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, Statistics, Weighter
+from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, RotoGrad, Statistics, Weighter
 from accel_weighting.methods.mgda import MGDA
 from accel_weighting.record import CAPACITY, Record
 from tests.scenarios import Net, batch, task_losses
@@ -292,8 +292,13 @@ def test_a_refused_construction_leaves_no_hook():
     assert hooks(model) == before
 
 
-def test_three_hundred_steps_leave_no_growing_graph():
-    weighter, model = weighter_and_model()
+@pytest.mark.parametrize(
+    ("method", "lag"),
+    [(GRADNORM, 1), (CoVWeighting(), 0), (MGDA(), 0), (RotoGrad(), 0), (RotoGrad(), 1)],
+    ids=["GradNorm", "CoV, lag 0", "MGDA, lag 0", "RotoGrad, lag 0", "RotoGrad"],
+)
+def test_three_hundred_steps_leave_no_growing_graph(method, lag):
+    weighter, model = weighter_and_model(method, lag=lag)
 
     def tensors():
         gc.collect()
