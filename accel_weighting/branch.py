@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
@@ -171,16 +172,33 @@ def _graph_task() -> int:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one: the same object, or an alias that an engine made of it on the way to a head."""
+    """Whether two tensors are one: the same object, or views that name the same entries of it.
+
+    Equal memory is not enough: a gradient reversal, or a tensor hook, changes nothing forward and all backward.
+    """
     if a is b:
         return True
     if torch.compiler.is_compiling() or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
     if a.grad_fn is None or b.grad_fn is None:
         return False  # detached from each other: heads that are recomputed one by one in the backward
-    if a.grad_fn is b.grad_fn and a.output_nr != b.output_nr:
-        return False  # another weighter's join has divided them
-    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
+    if a._backward_hooks or b._backward_hooks:
+        return False
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and _viewed(a) == _viewed(b)
+
+
+VIEWS = re.compile(
+    "(Alias|AsStrided|Permute|ReshapeAlias|Select|Slice|Squeeze|T|Transpose|UnsafeView|Unsqueeze|View)Backward[01]"
+)
+"""Autograd's nodes that pass a gradient on as it is."""
+
+
+def _viewed(x: Tensor) -> tuple[Any, int]:
+    """Which output of which node ``x`` is, or is a view of."""
+    node, output = x.grad_fn, x.output_nr
+    while node is not None and VIEWS.fullmatch(node.name()):
+        node, output = node.next_functions[0]
+    return node, output
 
 
 class Branch:
@@ -220,6 +238,13 @@ class Branch:
         self._handles: list[RemovableHandle] = []
         self._key = next(_KEYS)
         _BRANCHES[self._key] = self
+
+    def __deepcopy__(self, memo: Any) -> Branch:
+        """The same: a copy of a model (an average, a teacher) sees the rotations of now, and no second weighter."""
+        return self
+
+    def __reduce__(self) -> Any:
+        raise checks.hooks_are_not_pickled()
 
     # ---- hooks -------------------------------------------------------------------------------------------------
 
@@ -277,7 +302,7 @@ class Branch:
 
     def _after_head(self, k: int, module: nn.Module, args: Any, output: Any) -> None:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._outputs[k] = [o for o in pytree.tree_leaves(output) if isinstance(o, Tensor) and o.requires_grad]
+            self._outputs[k] = [o for o in _leaves(output) if isinstance(o, Tensor) and o.requires_grad]
 
     def _after_layer(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if torch.is_grad_enabled():
@@ -318,15 +343,17 @@ class Branch:
             return self._rotated(z, k)
         graph_task = _graph_task()
         forward = self._forward
-        if forward is not None and (forward.graph_task != graph_task or k in forward.taken):
+        if forward is not None and forward.graph_task != graph_task:
             forward = None
         if forward is not None and not _same(forward.z, z):
-            self.split, forward = self._find_shared_layer is None, None  # at a layer's weight all samples meet
+            if k not in forward.taken and len(forward.taken) < len(self.tasks):
+                self.split = self._find_shared_layer is None  # at a layer's weight all samples meet
+            forward = None
         if forward is None:
             self._forward = forward = _Forward(z, self._join(z), graph_task)
         forward.taken.add(k)
-        if len(forward.taken) == len(self.tasks):
-            self._forward = None
+        if len(forward.taken) == len(self.tasks) and torch.compiler.is_compiling():
+            self._forward = None  # what is left behind would be a second graph
         return self._rotated(forward.aliases[k], k)
 
     # ---- backward ----------------------------------------------------------------------------------------------
@@ -412,6 +439,16 @@ class Branch:
         if pairs:
             products /= torch.stack([factor for *_, factor in pairs])[:, None, None]
         return products
+
+
+def _leaves(output: Any) -> list[Any]:
+    """All that a module's output holds; tensors in plain dataclasses too."""
+    leaves = pytree.tree_leaves(output)
+    return [
+        part
+        for leaf in leaves
+        for part in (_leaves(vars(leaf)) if is_dataclass(leaf) and not isinstance(leaf, type) else [leaf])
+    ]
 
 
 def _wide(x: Tensor) -> Tensor:

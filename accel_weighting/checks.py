@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .statistics import Method
+
 logger = logging.getLogger("accel_weighting")
 
 
@@ -42,6 +44,14 @@ def known(names: Iterable[Any], tasks: Sequence[str]) -> None:
     raise ValueError(f"{which}. This weighter was built with `tasks = {list(tasks)!r}`.{hint}")
 
 
+def method(value: Any) -> Any:
+    """An instance of a method."""
+    if not isinstance(value, Method):
+        found = f"the class {value.__name__}: call it" if isinstance(value, type) else repr(value)
+        raise TypeError(f"Parameter `method` must be a method such as `GradNorm()`. Found {found}.")
+    return value
+
+
 def positive_by_task(argument: str, values: Any, tasks: Sequence[str]) -> dict[str, float]:
     """``{task: positive finite number}``, tasks known; None is empty."""
     if values is None:
@@ -52,7 +62,7 @@ def positive_by_task(argument: str, values: Any, tasks: Sequence[str]) -> dict[s
     wrong = {
         task: value
         for task, value in values.items()
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf")
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < float("inf")
     }
     if wrong:
         raise ValueError(f"Parameter `{argument}` must hold positive finite numbers. Found {wrong!r}.")
@@ -151,6 +161,14 @@ def several_processes_without_accelerator() -> ValueError:
     return ValueError(
         "Several processes run and neither `accelerator` nor `process_group` was given: each process would follow "
         "its own weights. Pass the accelerator, or the process group to sum over."
+    )
+
+
+def warn_without_the_accelerator() -> None:
+    """There is an Accelerator in this process, and the weighter was not given it."""
+    logger.warning(
+        "`Weighter` was built without `accelerator=`, and this process has an Accelerator. Without it every `backward` "
+        "is an optimizer step: gradients are not divided by `gradient_accumulation_steps` and losses are not scaled."
     )
 
 
@@ -309,6 +327,14 @@ def losses_that_missed_the_branch(tasks: Sequence[str], frozen_trunk: bool, no_b
     return RuntimeError(
         f"{which} not depend on the branch: no gradient of it arrived there. Branch inside the model's forward or name "
         "its head; what a prepared model returns is a copy under mixed precision."
+    )
+
+
+def hooks_are_not_pickled() -> TypeError:
+    """A whole model with our hooks on its heads is to be written to a file."""
+    return TypeError(
+        "The model's heads carry hooks of a `Weighter`, which cannot be pickled. Save `model.state_dict()`, or remove "
+        "the hooks first: `weighter.detach()`, or `weighter.fold_rotations()` where the method rotates."
     )
 
 

@@ -6,6 +6,7 @@ The only place that talks to other processes.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +100,9 @@ class Processes:
             several = launched not in (None, 1) or (initialized and dist.get_world_size() > 1)
             if group is None and several:
                 raise checks.several_processes_without_accelerator()
+            state = sys.modules.get("accelerate.state")
+            if state is not None and state.AcceleratorState._shared_state:
+                checks.warn_without_the_accelerator()
         else:
             kind = accelerator.distributed_type.value
             if kind not in SUPPORTED:

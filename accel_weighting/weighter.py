@@ -81,7 +81,7 @@ class Weighter:
         process_group: Any = None,
     ) -> None:
         self.tasks = checks.task_names(tasks)
-        self.method = method
+        self.method = checks.method(method)
         self.accelerator = accelerator
         self.lag = checks.lag(lag, method.needs, method.acts_on, repr(method))
         self.update_every = checks.at_least("update_every", update_every, 1)
@@ -315,7 +315,7 @@ class Weighter:
 
     def _on_device(self, values: Tensor, like: Tensor) -> Tensor:
         """A small CPU vector where ``like`` lives; the weights' copy is kept until they change."""
-        if values is not self._progress.weights:
+        if values is not self._progress.weights or torch.is_inference_mode_enabled():
             return to_device(values.to(like.dtype), like.device)
         key = like.device, like.dtype
         if key not in self._copies:
@@ -356,6 +356,7 @@ class Weighter:
             "shared_layer": self._window.matrices,
         }
 
+    @torch.inference_mode(False)  # what is kept from here must be of use in training
     def _finish(self) -> None:
         """Takes in the last window: verdict from the reduced numbers, then the method's update."""
         if self._pending is None:
@@ -471,6 +472,7 @@ class Weighter:
 
     # ---- rotations -----------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     def _rotations(self, z: Tensor) -> Tensor:
         """The rotations ``[K, m, m]`` where ``z`` is: float64 for a float64 model, else float32."""
         self._finish()
@@ -605,7 +607,7 @@ class Weighter:
 
     def describe(self) -> str:
         """One line for a model card or a tracker's configuration: the method, the tasks and their weights."""
-        chosen = [f for f in dataclasses.fields(self.method) if f.init and getattr(self.method, f.name) != f.default]  # type: ignore[arg-type]
+        chosen = [f for f in dataclasses.fields(self.method) if f.init and getattr(self.method, f.name) != f.default]
         settings = ", ".join(f"{f.name}={getattr(self.method, f.name)!r}" for f in chosen)
         weights = ", ".join(f"{task} {weight:.3g}" for task, weight in self.weights.items())
         when = f"after {self._progress.step} optimizer steps" if self._progress.step else "to begin with"

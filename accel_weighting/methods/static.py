@@ -40,13 +40,14 @@ class EqualWeighting(Method):
 class StaticWeighting(Method):
     """Fixed weights, one for each task.
 
-    They are the initial weights as well: the weighter's ``initial_weights`` are not read.
+    They are the initial weights as well.
 
     Args:
         weights: ``{task: weight}``, positive and finite; names all tasks of the weighter and no other.
 
     Raises:
-        ValueError: A weight is not positive and finite, or (in ``init``) the names are not those of the tasks.
+        ValueError: A weight is not positive and finite, or (in ``init``) the names are not those of the tasks, or there
+            are other initial weights.
 
     Example:
         >>> StaticWeighting({"b": 0.5, "a": 2}).init(["a", "b"])[0].tolist()
@@ -73,7 +74,9 @@ class StaticWeighting(Method):
                 "Parameter `weights` must name every task and no other. "
                 f"Found missing names `{missing}`, unknown names `{unknown}`; the tasks are `{list(tasks)}`."
             )
-        w = torch.tensor([self.weights[task] for task in tasks], dtype=torch.float64)
+        w = initial_vector(tasks, self.weights)
+        if initial_weights is not None and not torch.equal(initial_vector(tasks, initial_weights), w):
+            raise ValueError("`StaticWeighting` has its own weights: give it none in `initial_weights`.")
         return w, {"weights": w}
 
     def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:

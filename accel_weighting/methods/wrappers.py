@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from accel_weighting.methods.algebra import FLOOR, share
-from accel_weighting.statistics import Method, State, Statistics
+from accel_weighting.statistics import Method, State, Statistics, require
 
 INNER = "inner."
 
@@ -29,6 +29,9 @@ class _Wrapper(Method):
     """Is to the weighter what the wrapped method is; keeps its own weights, a count, and the inner state."""
 
     method: Method
+
+    def __post_init__(self) -> None:
+        require(self, "method", isinstance(self.method, Method), "be a method such as `GradNorm()`")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -108,6 +111,7 @@ class Smooth(_Wrapper):
     decay: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.decay < 1:
             raise ValueError(f"Parameter `decay` must be at least 0 and less than 1. Found `decay = {self.decay!r}`.")
 
@@ -141,6 +145,7 @@ class Clamp(_Wrapper):
     high: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.low < self.high < math.inf:
             raise ValueError(
                 "Parameters `low` and `high` must be finite, with 0 <= low < high. "
@@ -200,6 +205,7 @@ class Warmup(_Wrapper):
     steps: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.steps >= 0:
             raise ValueError(f"Parameter `steps` must be at least 0. Found `steps = {self.steps!r}`.")
 
@@ -230,6 +236,7 @@ class Every(_Wrapper):
     steps: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.steps >= 1:
             raise ValueError(f"Parameter `steps` must be at least 1. Found `steps = {self.steps!r}`.")
 

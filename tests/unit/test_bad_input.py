@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections import namedtuple
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, Weighter
+from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, Smooth, StaticWeighting, Weighter
+from tests.ranks import accelerator_for
 from tests.scenarios import Net, batch, task_losses
 from tests.unit.small import TASKS, fake_accelerator, losses_of, net
 
@@ -614,3 +616,32 @@ def test_counts_for_some_blocks_only():
     accelerator.sync_gradients = True
     weighter.backward(losses_of(model), num_items=0)  # nothing in it: neither counted nor not
     torch.testing.assert_close(weighter.statistics.losses, torch.stack(list(losses_of(model).values())))
+
+
+@pytest.mark.parametrize("method", [GradNorm, "gradnorm", None])
+def test_a_method_is_an_instance(method):
+    found = "the class GradNorm: call it" if method is GradNorm else repr(method)
+    with pytest.raises(TypeError, match=rf"Parameter `method` must be a method such as `GradNorm\(\)`. Found {found}"):
+        Weighter(method, TASKS)
+    with pytest.raises(ValueError, match=r"Parameter `method` must be a method such as `GradNorm\(\)`"):
+        Smooth(method, 0.5)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert Weighter(GRADNORM, TASKS, initial_weights={"seg": np.float32(0.5)}).weights["seg"] == 0.5
+
+
+def test_static_weights_take_no_others():
+    with pytest.raises(ValueError, match="`StaticWeighting` has its own weights: give it none in `initial_weights`"):
+        Weighter(StaticWeighting({"depth": 1, "seg": 2}), TASKS, initial_weights={"seg": 3.0})
+
+
+def test_a_forgotten_accelerator_is_told(caplog):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Weighter(GRADNORM, TASKS)
+    assert not caplog.records
+    accelerator_for("plain")
+    Weighter(GRADNORM, TASKS)
+    assert "built without `accelerator=`" in caplog.text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import gc
 import io
 import math
@@ -392,9 +394,106 @@ def test_a_head_called_twice_in_one_forward():
     z = representation(model.inner, x).detach().requires_grad_()
     losses = task_losses({task: 2 * head(z) for task, head in model.heads.items()}, y)
     n = [torch.autograd.grad(loss, z)[0].norm() for loss in losses.values()]
-    # The two calls branch apart, and so count like rows of their own: the task's norm is that of the two side by side.
-    torch.testing.assert_close(weighter.statistics.norms[1], n[1], **EXACT)
-    torch.testing.assert_close(weighter.statistics.norms[0], n[0] / math.sqrt(2), **EXACT)
+    torch.testing.assert_close(weighter.statistics.norms, torch.stack(n), **EXACT)
+
+
+class Reversal(torch.autograd.Function):
+    """Nothing forward, the opposite gradient backward: domain-adversarial training."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g
+
+
+def hooked(z):
+    alias = z.view_as(z)
+    alias.register_hook(torch.neg)
+    return alias
+
+
+@pytest.mark.parametrize("reverse", [Reversal.apply, hooked], ids=["a function", "a hook"])
+@pytest.mark.parametrize("first", TASKS)
+def test_what_only_a_backward_sees_between_the_branch_and_a_head_is_kept(reverse, first):
+    def call(heads, z):
+        inputs = {"depth": z, "seg": reverse(z)}
+        outputs = {task: heads[task](inputs[task]) for task in sorted(TASKS, key=first.__ne__)}
+        return {task: outputs[task] for task in TASKS}
+
+    model, plain = Caller(call), Caller(call)
+    weighter = Weighter(EqualWeighting(), TASKS, heads=dict(model.heads))
+    weighter.backward(losses_of(model))
+    sum(losses_of(plain).values()).backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, **EXACT)
+    assert weighter.statistics.gram is None and (weighter.statistics.norms > 0).all()
+
+
+@pytest.mark.parametrize("view", [lambda z: z[:], lambda z: z.view(-1, *z.shape[1:]), lambda z: z.T.T])
+def test_heads_fed_views_of_the_same_entries_meet_in_one_join(view):
+    model = Caller(lambda heads, z: {task: head(view(z)) for task, head in heads.items()})
+    weighter = Weighter(GRADNORM, TASKS, heads=dict(model.heads))
+    weighter.backward(losses_of(model))
+    assert_statistics_by_hand(weighter, model.inner)
+
+
+@pytest.mark.parametrize(
+    "method", [GRADNORM, CoVWeighting(), RotoGrad(), MGDA()], ids=lambda method: type(method).__name__
+)
+@pytest.mark.parametrize("before", [0, 1])
+def test_an_evaluation_in_inference_mode_is_of_no_consequence(method, before):
+    (weighter, model), (plain, twin) = weighter_and_model(method), weighter_and_model(method)
+    for step in range(3):
+        if step >= before:
+            with torch.inference_mode():
+                weighter.combine(losses_of(model, step))
+        weighter.backward(losses_of(model, step))
+        plain.backward(losses_of(twin, step))
+    assert weighter.weights == plain.weights
+
+
+def test_a_copy_of_the_model_has_no_weighter_of_its_own_and_turns_with_the_original():
+    weighter, model = weighter_and_model(RotoGrad(lr=0.5))
+    losses_of(model)  # the join is open
+    average = copy.deepcopy(model)
+    for step in range(3):
+        weighter.backward(losses_of(model, step))
+    x = batch(0, 2, torch.float64)[0]
+    with torch.no_grad():
+        outputs, copied = model(x), average(x)
+    assert all(torch.equal(outputs[task], copied[task]) for task in TASKS)
+    assert (weighter.rotations["depth"] - torch.eye(5, dtype=torch.float64)).abs().max() > 0.01
+    with pytest.raises(TypeError, match=r"cannot be pickled. Save `model.state_dict\(\)`"):
+        torch.save(model, io.BytesIO())
+    weighter.detach()
+    torch.save(model, io.BytesIO())
+
+
+@dataclasses.dataclass
+class Answer:
+    score: torch.Tensor
+
+
+def test_a_head_that_answers_with_a_dataclass_gets_zeros_for_an_empty_batch():
+    head = net().heads["seg"]
+    model = Caller(lambda heads, z: {"depth": heads["depth"](z), "seg": heads["seg"](z).score})
+    model.heads["seg"] = Scored(head)
+    weighter = Weighter(GRADNORM, TASKS, heads=dict(model.heads))
+    losses = losses_of(model)
+    weighter.backward({**losses, "seg": losses["seg"] * torch.nan}, num_items={"seg": 0})
+    assert all((p.grad == 0).all() for p in head.parameters())
+
+
+class Scored(nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, z):
+        return Answer(self.head(z))
 
 
 def slices(heads, z):
