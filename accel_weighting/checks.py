@@ -148,11 +148,14 @@ def unsupported_engine(kind: str, supported: Sequence[str]) -> NotImplementedErr
 
 
 def uneven_inputs(accelerator: Any) -> None:
-    """Processes that may take different numbers of steps."""
-    if accelerator.num_processes > 1 and not accelerator.even_batches:
+    """Processes that may take different numbers of steps; `join_uneven_inputs` says so to the dataloader alone."""
+    if accelerator.num_processes == 1:
+        return
+    sampler = getattr(accelerator.gradient_state.active_dataloader, "batch_sampler", None)
+    if not accelerator.even_batches or not getattr(sampler, "even_batches", True):
         raise ValueError(
-            "Uneven inputs are not supported: `even_batches=False` lets processes take different numbers of steps. "
-            "Use `even_batches=True` or drop the last batch."
+            "Uneven inputs are not supported: `even_batches=False` (of the accelerator, or in `join_uneven_inputs`) "
+            "lets processes take different numbers of steps. Use `even_batches=True` or drop the last batch."
         )
 
 
@@ -433,14 +436,28 @@ def losses_in_half_precision(dtype: str) -> str:
 # ---- verdicts, taken from reduced numbers ------------------------------------------------------------------------
 
 
+def left_waiting(step: int) -> RuntimeError:
+    """A collective that another process did not come to."""
+    return RuntimeError(
+        f"Another process did not come to optimizer step {step}: it ended, met an error of its own, or took another "
+        "step than this one. All processes must take the same steps: no `break`, no `weighter.step()` and no "
+        "`weighter.freeze()` on some of them alone, and no fewer batches there (`even_batches=False`, "
+        "`join_uneven_inputs`). To stop early, let all of them ask `accelerator.check_trigger()`."
+    )
+
+
 def disagreement(descriptions: Sequence[Mapping[str, Any]], step: int) -> RuntimeError:
-    """The processes do not agree; says about what, process by process."""
+    """The processes do not agree; says about what, and who differs from most."""
     first = descriptions[0]
     differing = [key for key in first if any(other[key] != first[key] for other in descriptions)]
     tables = []
     for key in differing or ["state"]:
-        rows = "\n".join(f"  process {rank}: {d[key]}" for rank, d in enumerate(descriptions))
-        tables.append(f"{key}:\n{rows}")
+        owners: dict[str, list[int]] = {}
+        for rank, description in enumerate(descriptions):
+            owners.setdefault(str(description[key]), []).append(rank)
+        by_number = sorted(owners.items(), key=lambda item: -len(item[1]))
+        rows = [f"  process{'es' * (len(r) > 1)} {', '.join(map(str, r))}: {value}" for value, r in by_number]
+        tables.append("\n".join([f"{key}:", *rows]))
     if "tasks" in differing:
         what = "The processes were built with different tasks"
     elif differing and "state" not in differing:

@@ -46,9 +46,18 @@ def signature_pieces(digest: bytes, pieces: int) -> list[int]:
     return [(number >> (BITS * i)) & ((1 << BITS) - 1) for i in range(pieces)]
 
 
+LEFT = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Application timeout")
+"""What gloo says when another process does not come. NCCL says nothing: its watchdog ends the process."""
+
+
+def left_waiting(error: BaseException) -> bool:
+    """Whether a collective, ours or an engine's, failed because another process did not come to it."""
+    return any(words in str(error) for words in LEFT)
+
+
 def fingerprint(x: Tensor) -> Tensor:
     """Two small integers, int64 ``[2]``, that any single flipped bit of ``x`` changes; computed where x is."""
-    bits = x.contiguous().view(torch.int64 if x.element_size() == 8 else torch.int32).sum(dtype=torch.int64)
+    bits = x.contiguous().view(torch.int32).sum(dtype=torch.int64)  # 32 bits each: two pieces hold 40
     mask = (1 << BITS) - 1
     return torch.stack([bits & mask, (bits >> BITS) & mask])
 
@@ -89,8 +98,9 @@ class Processes:
 
     Args:
         accelerator: Where the group is found when ``group`` is None.
-        group: A process group, or None. What is found is copied, so that no collective of an engine can be mistaken
-            for ours: with a group of our own a process that missed a step leaves the others waiting, not calculating.
+        group: A process group, or None. What is given or found is copied, so that no collective of an engine can be
+            mistaken for ours: with a group of our own a process that missed a step leaves the others waiting, not
+            calculating.
     """
 
     def __init__(self, accelerator: Any, group: dist.ProcessGroup | None) -> None:
@@ -112,7 +122,9 @@ class Processes:
         alone = not initialized
         if group is None and initialized and accelerator is not None:
             group, alone = _find_group(accelerator)
-            group = None if alone else _own_group(group)
+            group = None if alone else _own_group(group, use_local_synchronization=group is not None)
+        elif group is not None:
+            group = _own_group(group, use_local_synchronization=True)
         self.group = group
         self.world = 1 if alone else dist.get_world_size(group)
         self.rank = 0 if alone else dist.get_rank(group)
@@ -123,6 +135,7 @@ class Processes:
         payload: Tensor,
         signature: Sequence[int],
         condense: Callable[[Tensor], tuple[Tensor, Tensor]],
+        step: int,
         large: Tensor | None = None,
     ) -> Reduction:
         """Starts the one all-reduce.
@@ -135,7 +148,11 @@ class Processes:
             payload: float64 vector on the device.
             signature: Small integers that must be alike on all processes.
             condense: Divides the summed payload, still on the device, in what the host reads and what stays.
+            step: Of the optimizer, for the error.
             large: State on the device that must be alike on all processes, or None.
+
+        Raises:
+            RuntimeError: Another process did not come.
         """
         squared = [number for piece in signature for number in (piece, piece * piece)]
         header = to_device(torch.tensor([1, *squared], dtype=torch.float64), payload.device)
@@ -143,16 +160,12 @@ class Processes:
             pieces = fingerprint(large).to(payload.device)
             header = torch.cat([header, torch.stack([pieces, pieces * pieces], 1).flatten()])
         vector = torch.cat([header, payload])
-        if self._first:
-            self._first = False
-            padded = torch.zeros(max(FIRST, len(vector)), dtype=torch.float64, device=vector.device)
-            padded[: len(vector)] = vector
-            self._all_reduce(padded[:FIRST])
-            if len(vector) > FIRST and self.agreed(padded[: len(header)].cpu()):
-                self._all_reduce(padded[FIRST:])
-            vector = padded[: len(vector)]
-        else:
-            self._all_reduce(vector)
+        try:
+            vector = self._sum(vector, len(header))
+        except RuntimeError as error:
+            if left_waiting(error):
+                raise checks.left_waiting(step) from error
+            raise
         host, device = condense(vector[len(header) :])
         host = torch.cat([vector[: len(header)], host])
         if host.device.type != "cuda":
@@ -178,6 +191,18 @@ class Processes:
         dist.all_gather_object(items, item, group=self.group)
         return items
 
+    def _sum(self, vector: Tensor, header: int) -> Tensor:
+        if not self._first:
+            self._all_reduce(vector)
+            return vector
+        self._first = False
+        padded = torch.zeros(max(FIRST, len(vector)), dtype=torch.float64, device=vector.device)
+        padded[: len(vector)] = vector
+        self._all_reduce(padded[:FIRST])
+        if len(vector) > FIRST and self.agreed(padded[:header].cpu()):
+            self._all_reduce(padded[FIRST:])
+        return padded[: len(vector)]
+
     def _all_reduce(self, vector: Tensor) -> None:
         if self.world > 1:
             dist.all_reduce(vector, group=self.group)
@@ -197,7 +222,7 @@ def _find_group(accelerator: Any) -> tuple[dist.ProcessGroup | None, bool]:
     return mesh["dp_cp"].get_group(), False
 
 
-def _own_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+def _own_group(group: dist.ProcessGroup | None, use_local_synchronization: bool) -> dist.ProcessGroup | None:
     """A group of the same processes (None: all), with the same timeout."""
     found = dist.group.WORLD if group is None else group
     assert found is not None
@@ -205,4 +230,5 @@ def _own_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
         return found
     device = torch.device("cuda" if "nccl" in dist.get_backend(found) else "cpu")
     timeout = found._get_backend(device).options._timeout
-    return dist.new_group(dist.get_process_group_ranks(found), timeout, use_local_synchronization=group is not None)
+    ranks = dist.get_process_group_ranks(found)
+    return dist.new_group(ranks, timeout, use_local_synchronization=use_local_synchronization)

@@ -14,7 +14,7 @@ from . import checks
 from .branch import Block, Branch, Rotation, nothing
 from .fold import fold
 from .modules import find_layer, heads_by_task
-from .processes import Processes, Reduction, signature_pieces
+from .processes import Processes, Reduction, left_waiting, signature_pieces
 from .progress import Progress
 from .statistics import Method, Statistics
 from .window import Window, to_device
@@ -133,7 +133,6 @@ class Weighter:
         self._statistics: Statistics | None = None
         self._told: set[str] = set()
         self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._settings_digest: bytes | None = None
         if accelerator is not None:
             accelerator.register_for_checkpointing(self)
 
@@ -178,6 +177,8 @@ class Weighter:
             self.reset()
             if "second time" in str(error):
                 raise checks.graph_already_freed() from error
+            if left_waiting(error):
+                raise checks.left_waiting(self._progress.step) from error
             raise
         self.step()
         return total.detach()
@@ -198,6 +199,8 @@ class Weighter:
         if gradients:
             if self._folded:
                 raise checks.rotations_were_folded()
+            if self.accelerator is not None:
+                checks.uneven_inputs(self.accelerator)
             checks.losses_have_graphs({self.tasks[k]: named[self.tasks[k]] for k in sorted(present)})
             if self._due:
                 raise checks.window_not_closed()
@@ -259,8 +262,8 @@ class Weighter:
             if self._window.blocks:
                 payload = self._window.pack(self._branch.split)
                 signature, rotations = self._signature(len(payload)), self._progress.named("rotations")
-                reduction = self._processes.sum(payload, signature, self._window.condense, rotations)
-                self._pending = reduction, self._progress.step
+                step = self._progress.step
+                self._pending = self._processes.sum(payload, signature, self._window.condense, step, rotations), step
             else:
                 self._see(self._progress.step, None)
             self._progress.step += 1
@@ -336,10 +339,9 @@ class Weighter:
 
     def _signature(self, length: int) -> list[int]:
         """Settings, step, weights and state as small integers; alike on all processes or something is wrong."""
-        if self._settings_digest is None:
-            self._settings_digest = hashlib.blake2b(repr((self._settings(), length)).encode()).digest()
+        settings = hashlib.blake2b(repr((self._settings(), length)).encode()).digest()
         return [
-            *signature_pieces(self._settings_digest, 2),
+            *signature_pieces(settings, 2),
             self._progress.step % (1 << 20),
             *signature_pieces(self._progress.digest(), 2),
         ]
@@ -462,9 +464,10 @@ class Weighter:
         if gram is not None:
             block.add("gram", gram)
         payload = block.pack(self._branch.split)
-        header, host, rest = self._processes.sum(payload, self._signature(0), block.condense).wait()
-        self._check_agreement(header, self._progress.step)
-        sums = block.unpack(host, rest, self._progress.step)
+        step = self._progress.step
+        header, host, rest = self._processes.sum(payload, self._signature(0), block.condense, step).wait()
+        self._check_agreement(header, step)
+        sums = block.unpack(host, rest, step)
         if any(sums.bad_losses) or any(sums.bad_gradients):
             return self._progress.weights  # the window will be held
         self._check_statistics(sums.statistics, sums.split)

@@ -45,6 +45,7 @@ def fake_accelerator(sync: bool = True, **changes: Any) -> Any:
         "distributed_type": SimpleNamespace(value="NO"),
         "num_processes": 1,
         "even_batches": True,
+        "gradient_state": SimpleNamespace(active_dataloader=None),
         "sync_gradients": sync,
         "scaler": None,
         "mixed_precision": "no",
