@@ -202,7 +202,7 @@ def history_of(state: Mapping[str, Any]) -> History:
     from .record import Record
 
     record = Record(state["tasks"])
-    record.load_state_dict(state["record"])
+    record.load_state_dict(state["record"], state["tasks"])
     return record.history
 
 

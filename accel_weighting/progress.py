@@ -105,19 +105,24 @@ class Progress:
         """Takes up what ``state_dict`` gave; see ``Weighter.load_state_dict``."""
         if not isinstance(saved, Mapping) or saved.get("kind") != KIND:
             raise checks.not_our_state(saved)
-        differences = {name: (saved[name], here) for name, here in self._identity().items() if saved[name] != here}
+        differences = {name: (saved.get(name), here) for name, here in self._identity().items()}
+        differences = {name: (old, here) for name, (old, here) in differences.items() if old != here}
         if differences and (strict or "version" in differences):
             raise checks.other_checkpoint(differences)
         self.step, self.held, self.skipped, self.frozen = (saved[n] for n in ("step", "held", "skipped", "frozen"))
+        self.record.load_state_dict(saved["record"], saved["tasks"])
         if not differences:
             self.weights = saved["weights"].clone()
             self.state = {name: value.clone() for name, value in saved["state"].items()}
             self._weight_sum, self._weight_steps = saved["weight_sum"].clone(), saved["weight_steps"]
-            self.record.load_state_dict(saved["record"])
             return
         rows = [saved["tasks"].index(task) if task in saved["tasks"] else None for task in self._tasks]
         weights, fresh = self._method.init(self._tasks, self._initial_weights)
         self.weights = _rows_that_fit(weights, saved["weights"], rows)
+        if None in rows:  # an average over other steps than the others' would be no average
+            self._weight_sum, self._weight_steps = torch.zeros_like(weights), 0
+        else:
+            self._weight_sum, self._weight_steps = saved["weight_sum"][rows], saved["weight_steps"]
         same_method = type(self._method).__name__ == saved["method"].partition("(")[0]
         old: State = saved["state"] if same_method else {}
         self.state = {name: _rows_that_fit(v, old[name], rows) if name in old else v for name, v in fresh.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from .statistics import Statistics
 
 CAPACITY = 4096
 """Entries of the history; past it every second one goes, and from then on every second step is kept."""
+
+GROUPS = ("weight", "loss", "loss_cov", "grad_norm")
 
 
 class Record:
@@ -37,9 +40,8 @@ class Record:
     @property
     def names(self) -> list[str]:
         """Names of a row's values, grouped so that a tracker draws them side by side."""
-        pairs = [f"cosine/{a}·{b}" for i, a in enumerate(self.tasks) for b in self.tasks[i + 1 :]]
-        groups = ("weight", "loss", "loss_cov", "grad_norm")
-        return [f"{group}/{task}" for group in groups for task in self.tasks] + pairs + ["weighting/skipped_steps"]
+        pairs = [f"cosine/{a}·{b}" for a, b in combinations(self.tasks, 2)]
+        return [f"{group}/{task}" for group in GROUPS for task in self.tasks] + pairs + ["weighting/skipped_steps"]
 
     def see(self, step: int, weights: Tensor, statistics: Statistics | None, skipped: int) -> None:
         """A step ended: its weights, what its window saw (None where held or not measured), steps held so far."""
@@ -86,8 +88,27 @@ class Record:
             "loss_moments": torch.stack([self._count, self._mean, self._squares]),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The record of the same tasks."""
+    def load_state_dict(self, state: dict[str, Any], tasks: Sequence[str]) -> None:
+        """The record of ``tasks``: what it knows of the tasks here."""
+        here = [_index(column, _columns(tasks)) for column in _columns(self.tasks)]
+        rows, latest = (_select(state[name], here, torch.nan) for name in ("rows", "latest"))
+        moments = _select(state["loss_moments"], [_index(task, tasks) for task in self.tasks], 0.0)
         self.stride, self._steps = state["stride"], list(state["steps"])
-        self._rows, self.latest = list(state["rows"]), state["latest"].clone()
-        self._count, self._mean, self._squares = state["loss_moments"].clone()
+        self._rows, self.latest = list(rows), latest
+        self._count, self._mean, self._squares = moments
+
+
+def _columns(tasks: Sequence[str]) -> list[tuple[str, frozenset[str]]]:
+    """What a row's values are of, in whatever order two tasks are named."""
+    groups = [(group, frozenset([task])) for group in GROUPS for task in tasks]
+    return [*groups, *(("cosine", frozenset(pair)) for pair in combinations(tasks, 2)), ("skipped", frozenset())]
+
+
+def _index(item: Any, known: Sequence[Any]) -> int:
+    """Where it is; -1 where it is not."""
+    return known.index(item) if item in known else -1
+
+
+def _select(x: Tensor, columns: Sequence[int], missing: float) -> Tensor:
+    """Columns of the last dimension, ``missing`` where there is none."""
+    return torch.cat([x, x.new_full((*x.shape[:-1], 1), missing)], -1)[..., columns]

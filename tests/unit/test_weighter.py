@@ -218,7 +218,7 @@ def test_the_history_is_thinned_evenly_and_bounded(steps):
     assert kept == list(range(0, steps, record.stride))
     assert all(values["weight/a"] == step for step, values in record.history)
     again = Record(["a"])
-    again.load_state_dict(record.state_dict())
+    again.load_state_dict(record.state_dict(), ["a"])
     assert again.history == record.history and again.stride == record.stride
 
 
