@@ -43,7 +43,11 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
-    """Writes aside and renames, so that whatever is interrupted leaves one whole checkpoint: the latest."""
+    """Whenever it is interrupted, all that is called `step_…` is whole, and the latest is there.
+
+    A checkpoint is written under another name and renamed when it is complete; one that is no longer needed is renamed
+    before it is taken apart.
+    """
     whole, partial = folder / f"step_{step:06d}", folder / "partial"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
@@ -51,13 +55,23 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()  # every process has written its random state
     if accelerator.is_main_process:
-        older = list(folder.glob("step_*"))
-        shutil.rmtree(whole, ignore_errors=True)
+        if whole.exists():  # of a run before this one: it keeps a name, before all others, until it is replaced
+            if (first := folder / "step_-").exists():
+                discard(first)
+            whole.rename(first)
         partial.rename(whole)
-        for checkpoint in older:
+        for checkpoint in folder.glob("step_*"):
             if checkpoint != whole:
-                shutil.rmtree(checkpoint)
+                discard(checkpoint)
     accelerator.wait_for_everyone()
+
+
+def discard(checkpoint: Path) -> None:
+    """Removes a checkpoint, which has no checkpoint's name from the first moment on."""
+    old = checkpoint.with_name("old")
+    shutil.rmtree(old, ignore_errors=True)
+    checkpoint.rename(old)
+    shutil.rmtree(old)
 
 
 def resume(accelerator: Accelerator, folder: Path, progress: Progress) -> None:

@@ -14,9 +14,7 @@ with each. Prints a table and writes `multi_digits.json` and `multi_digits.png` 
 import argparse
 import json
 import math
-import os
 import platform
-import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +28,7 @@ import transformers
 from accelerate import Accelerator, skip_first_batches
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, set_seed, tqdm
+from common import Progress, check_processes, resume, save_checkpoint, table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -137,39 +136,6 @@ class MultiDigitModel(nn.Module):
         return {name: head(z).squeeze(-1) for name, head in self.heads.items()}
 
 
-class Progress:
-    """Where a run is. Saved and loaded with the accelerator's state."""
-
-    def __init__(self):
-        self.epoch = self.batches = self.step = 0
-
-    def state_dict(self) -> dict[str, int]:
-        """What `accelerator.save_state` keeps."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """What `accelerator.load_state` brings back."""
-        vars(self).update(state)
-
-
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
-    """Writes aside and renames, so that whatever is interrupted leaves one whole checkpoint: the latest."""
-    whole, partial = folder / f"step_{step:06d}", folder / "partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()  # every process has written its random state
-    if accelerator.is_main_process:
-        older = list(folder.glob("step_*"))
-        shutil.rmtree(whole, ignore_errors=True)
-        partial.rename(whole)
-        for checkpoint in older:
-            if checkpoint != whole:
-                shutil.rmtree(checkpoint)
-    accelerator.wait_for_everyone()
-
-
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """For the engine, the processes and the precision that the launcher chose."""
     AcceleratorState._reset_state()  # Accelerate makes FSDP of the first Accelerator in a process only
@@ -203,10 +169,8 @@ def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
     folder = args.checkpoint_dir and args.checkpoint_dir / name
-    checkpoints = sorted(folder.glob("step_*")) if args.resume else []
-    if checkpoints:
-        accelerator.load_state(str(checkpoints[-1]))
-        accelerator.print(f"{name}: resumed after {progress.step} steps")
+    if args.resume:
+        resume(accelerator, folder, progress)
 
     start = time.perf_counter()
     bar = tqdm(total=args.steps, initial=progress.step, desc=name, mininterval=1)
@@ -268,7 +232,7 @@ def improvement(metrics: dict[str, float], baseline: dict[str, float]) -> dict[s
     return {task: 100 * signs[task] * (metrics[task] / baseline[task] - 1) for task in TASKS}
 
 
-def table(runs: dict[str, dict[str, Any]]) -> str:
+def compare(runs: dict[str, dict[str, Any]]) -> str:
     """Metrics of all runs as text; where equal weights ran, with the change against them."""
     baseline = runs.get("equal", {}).get("metrics")
     lines = [["task", "metric", *runs]]
@@ -284,9 +248,7 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
         changes = [sum(improvement(run["metrics"], baseline).values()) / len(TASKS) for run in runs.values()]
         lines.append(["mean change", "", *(f"{change:+.1f} %" for change in changes)])
     lines.append(["duration", "", *(f"{run['seconds']:.0f} s" for run in runs.values())])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
+    return table(lines)
 
 
 def brief(history: History) -> History:
@@ -369,13 +331,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     accelerator = make_accelerator(args)
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != launched:
-        raise SystemExit(
-            f"{launched} processes were started, and each sees {accelerator.num_processes}: they would train apart.\n"
-            "On a machine without accelerators, write --cpu after the name of the script."
-        )
-    accelerator.print(f"Processes: {accelerator.num_processes} ({accelerator.distributed_type.value})")
+    check_processes(accelerator)
     if args.batch_size % (accelerator.num_processes * args.accumulation):
         raise SystemExit(
             f"--batch_size {args.batch_size} cannot be cut into {accelerator.num_processes} processes × "
@@ -383,7 +339,7 @@ def main() -> None:
         )
 
     runs = {method: train(method, args) for method in args.methods}
-    accelerator.print(table(runs))
+    accelerator.print(compare(runs))
     if accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         draw(runs, args.output_dir / "multi_digits.png")

@@ -6,114 +6,18 @@ Functions without `test` in their names run inside the processes, many in one la
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist  # noqa: TID251  which process this is
-from torch import Tensor
+import torch.distributed as dist  # noqa: TID251  how many processes there are
 
-from accel_weighting import MGDA, CoVWeighting, GradNorm, Method, Weighter
-from tests.ranks import accelerator_for, run_ranks
-from tests.scenarios import CountCollectives, Net, batch, task_losses
-
-GRADNORM = GradNorm(alpha=1.0, lr=0.05)
-NAMES = ["t0", "t1", "t2"]
-F64 = torch.float64
-
-
-@dataclass
-class Setup:
-    """A weighter on a model, and this process's part of every global batch."""
-
-    accelerator: Any
-    model: Any
-    inner: Net
-    weighter: Weighter
-    optimizer: Any
-
-    def rows(self, step: int, part: int = 0, parts: int = 1, sizes: tuple[int, ...] | None = None) -> slice:
-        """Rows of block `part` of this process, of `parts` that it has."""
-        blocks = self.accelerator.num_processes * parts
-        sizes = sizes or (36 // blocks,) * blocks
-        block = self.accelerator.process_index * parts + part
-        return slice(sum(sizes[:block]), sum(sizes[: block + 1]))
-
-    def losses(self, step: int = 0, **which: Any) -> dict[str, Tensor]:
-        x, y = batch(step, len(self.inner.heads), F64)
-        rows = self.rows(step, **which)
-        return task_losses(self.model(x[rows]), y[rows])
-
-    def step(self, step: int = 0, **arguments: Any) -> dict[str, float]:
-        """One window of one micro-batch; the model stays as it is. The weights after it."""
-        self.weighter.backward(self.losses(step), **arguments)
-        self.model.zero_grad()
-        return self.weighter.weights
-
-
-def build(
-    engine: Any = "ddp",
-    names: list[str] = NAMES,
-    method: Method = GRADNORM,
-    wrap: bool = True,
-    seed: int = 0,
-    lr: float = 1e-3,
-    options: dict[str, Any] | None = None,
-    **kwargs: Any,
-) -> Setup:
-    """`wrap=False`: the engine does not touch the model, so that processes may do different things with it."""
-    fsdp = {"transformer_cls_names_to_wrap": ["Block"]} if engine.startswith("fsdp") else None
-    accelerator = accelerator_for(engine, fsdp=fsdp, **kwargs)
-    torch.manual_seed(seed)
-    inner = Net(names).double()
-    model: Any = inner
-    optimizer: Any = torch.optim.SGD(inner.parameters(), lr=lr)
-    if wrap:
-        model, optimizer = accelerator.prepare(inner, optimizer)
-        inner = accelerator.unwrap_model(model)
-    weighter = Weighter(method, names, accelerator=accelerator, heads=dict(inner.heads), **(options or {}))
-    return Setup(accelerator, model, inner, weighter, optimizer)
-
-
-def error_of(act: Callable[[], Any]) -> str:
-    """The message of the error that `act` must end in."""
-    try:
-        act()
-    except (RuntimeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    raise AssertionError("no error was raised")
-
-
-def table(message: str, of: str) -> dict[int, str]:
-    """What an error says of each process, in its table `of`."""
-    rows, lines = {}, message[message.index(f"{of}:\n") :].splitlines()[1:]
-    for line in lines:
-        if (found := re.fullmatch(r"  process(?:es)? ([\d, ]+): (.*)", line)) is None:
-            break
-        rows |= dict.fromkeys(map(int, found[1].split(", ")), found[2])
-    return rows
-
-
-def rank() -> int:
-    return dist.get_rank()
-
-
-def gradients_by_hand(step: int, rows: slice) -> Tensor:
-    """Every task's gradient at the shared representation for some rows of the global batch, `[K, rows * width]`."""
-    torch.manual_seed(0)
-    model = Net(NAMES).double()
-    x, y = batch(step, 3, F64)
-    z = model.embed(x[rows])
-    for block in model.blocks:
-        z = block(z)
-    z = model.shared(z).detach().requires_grad_()
-    losses = task_losses({task: head(z) for task, head in model.heads.items()}, y[rows])
-    return torch.stack([torch.autograd.grad(loss, z)[0].flatten() for loss in losses.values()])
-
+from accel_weighting import MGDA, CoVWeighting, GradNorm, Weighter
+from tests.distributed.setups import F64, GRADNORM, NAMES, build, error_of, gradients_by_hand, rank, table
+from tests.ranks import run_ranks
+from tests.scenarios import CountCollectives, batch, task_losses
 
 # ---- windows that a DataLoader ends --------------------------------------------------------------------------------
 
