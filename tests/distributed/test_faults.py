@@ -344,6 +344,9 @@ def row_22_changing_scale() -> dict[str, Any]:
 # ---- row 24: saved inside a window -----------------------------------------------------------------------------------
 
 
+INSIDE = "Saved inside an accumulation window: 1 of its micro-steps is lost; save on `accelerator.sync_gradients`."
+
+
 def row_24_saved_inside_a_window(folder: Path) -> Any:
     import warnings
 
@@ -502,10 +505,7 @@ def test_row_29_one_weighter_around_two_models_knows_norms(two) -> None:
 def test_row_24_a_run_saved_inside_a_window_is_warned_and_goes_on_with_a_window_of_one(tmp_path) -> None:
     ranks = run_ranks(row_24_saved_inside_a_window, 2, tmp_path, tmp_path / "checkpoint")
     for number, (told, before, resumed, short, closed, whole) in enumerate(ranks):
-        text = (
-            "Saved inside an accumulation window: 1 of its micro-steps is lost; save on `accelerator.sync_gradients`."
-        )
-        assert told == ([] if number else [text])
+        assert told == ([] if number else [INSIDE])
         assert before == resumed and closed
         assert (short.step, short.micro_batches) == (1, 2) and (whole.step, whole.micro_batches) == (2, 4)
         blocks = [gradients_by_hand(1, slice(18 * r + 9, 18 * r + 18)) for r in range(2)]
@@ -657,14 +657,8 @@ def assert_left_waiting(found: tuple[Any, ...], step: int = 1) -> None:
 @pytest.mark.parametrize("scenario", [row_14_two_batches_against_three, row_18_one_sided_step])
 def test_rows_14_and_18_a_step_of_one_process_alone_ends_with_an_error_that_names_the_cause(scenario, waiting) -> None:
     assert_left_waiting(each(waiting, scenario)[0])
-    for words in (
-        "`break`",
-        "`weighter.step()`",
-        "`weighter.freeze()`",
-        "`even_batches=False`",
-        "`join_uneven_inputs`",
-    ):
-        assert words in each(waiting, scenario)[0][0]
+    for cause in ("break", "weighter.step()", "weighter.freeze()", "even_batches=False", "join_uneven_inputs"):
+        assert f"`{cause}`" in each(waiting, scenario)[0][0]
 
 
 def test_row_18_a_one_sided_step_never_meets_a_sum_of_the_users(waiting) -> None:
@@ -692,9 +686,7 @@ def test_row_29_two_weighters_in_opposite_orders_wait_and_do_not_mix(waiting) ->
 
 def test_row_14_joined_uneven_inputs_are_refused_at_once_on_all_processes(waiting) -> None:
     for message, seconds, held, lengths in each(waiting, row_14_join_uneven_inputs):
-        assert message.startswith(
-            "ValueError: Uneven inputs are not supported: `even_batches=False` (of the accelerator"
-        )
+        assert message.startswith("ValueError: Uneven inputs are not supported: `even_batches=False` (of the")
         assert held and seconds < 10
         assert lengths == ("MULTI_GPU", 3)  # evened out, the same context is of no consequence
 

@@ -28,8 +28,9 @@ PLUGINS: dict[str, tuple[dict[str, Any], list[int]]] = {
 }
 
 
-def epochs(engine: str, plugin: str, evaluate: bool = False) -> dict[str, Any]:
-    """Two epochs of five global batches of four rows, accumulation 2."""
+def epochs(engine: str, plugin: str, evaluate: bool = False, nest: bool = False) -> dict[str, Any]:
+    """Two epochs of five global batches of four rows, accumulation 2; `nest`: another prepared loader runs to its end
+    inside of every micro-batch."""
     from accelerate.utils import GradientAccumulationPlugin
 
     accumulation = GradientAccumulationPlugin(num_steps=2, **PLUGINS[plugin][0])
@@ -38,12 +39,14 @@ def epochs(engine: str, plugin: str, evaluate: bool = False) -> dict[str, Any]:
     x, y = batch(0, 3, F64)
     data = torch.utils.data.TensorDataset(x[:20], y[:20])
     loader = torch.utils.data.DataLoader(data, batch_size=4 // accelerator.num_processes)
-    loader = accelerator.prepare(loader)
+    loader, inner_loader = accelerator.prepare(loader, loader)
     seen: dict[str, Any] = {"losses": [], "gram": [], "weights": [], "micro_batches": [], "per_step": []}
     count, quiet = CountCollectives(), CountCollectives()
     for _ in range(2):
         for u, v in loader:
             with accelerator.accumulate(setup.model):
+                if nest:
+                    assert len([_ for _ in inner_loader]) == 5
                 with count:
                     weighter.backward(task_losses(setup.model(u), v))
                 if accelerator.sync_gradients:
@@ -67,7 +70,8 @@ def epochs(engine: str, plugin: str, evaluate: bool = False) -> dict[str, Any]:
 
 def all_epochs(engine: str) -> dict[str, dict[str, Any]]:
     runs = {plugin: epochs(engine, plugin) for plugin in PLUGINS}
-    return runs | {"evaluated": epochs(engine, "row 19 short last window", evaluate=True)}
+    one = "row 19 short last window"
+    return runs | {"evaluated": epochs(engine, one, evaluate=True), "nested": epochs(engine, one, nest=True)}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,7 @@ def two_processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
-def test_windows_of_a_prepared_loader_equal_those_of_one_process(plugin: str, one_process, two_processes) -> None:
+def test_rows_19_and_20_windows_of_a_loader_equal_those_of_one_process(plugin: str, one_process, two_processes) -> None:
     one, lengths = one_process[plugin], PLUGINS[plugin][1]
     assert one["micro_batches"] == lengths
     for run in (ranks[plugin] for ranks in two_processes):
@@ -92,6 +96,14 @@ def test_windows_of_a_prepared_loader_equal_those_of_one_process(plugin: str, on
                 torch.testing.assert_close(mine, whole, rtol=1e-12, atol=0)
     for name in ("losses", "gram", "weights"):
         assert all(map(torch.equal, two_processes[0][plugin][name], two_processes[1][plugin][name]))
+
+
+def test_row_20_a_loader_inside_of_a_loader_closes_no_window(two_processes) -> None:
+    for ranks in two_processes:
+        plain, nested = ranks["row 19 short last window"], ranks["nested"]
+        assert nested["micro_batches"] == plain["micro_batches"]
+        for name in ("losses", "gram", "weights"):
+            assert all(map(torch.equal, nested[name], plain[name])), name
 
 
 def test_row_23_an_evaluation_between_micro_batches_changes_nothing(two_processes) -> None:

@@ -8,6 +8,9 @@ import sys
 import time
 
 import pytest
+import torch
+
+from tests.launch.launching import ACCELERATE, Launched
 
 from tests.launch.launching import ROOT, assert_same_history
 
@@ -67,15 +70,22 @@ def test_methods_are_compared_on_two_processes(comparison):
     assert "mean change" in output
 
 
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(comparison, tmp_path):
+def test_row_25_a_run_killed_inside_a_save_ends_where_the_uninterrupted_one_does(comparison, tmp_path):
+    """SIGKILL for the launcher and both processes while the second checkpoint is half written."""
     checkpoints = tmp_path / "checkpoints"
-    options = ("--method", "gradnorm", "--accumulation", 2, "--checkpoint_dir", checkpoints)
-    train(tmp_path, *options, "--steps", 5, "--save_every", 2)
-    assert [folder.name for folder in (checkpoints / "gradnorm").iterdir()] == ["step_000005"]
-    (checkpoints / "gradnorm" / "partial").mkdir()  # what a run killed while saving leaves
-    output, resumed = train(tmp_path, *options, "--steps", 9, "--resume")
-    assert "resumed after 5 steps" in output
-    assert [folder.name for folder in (checkpoints / "gradnorm").iterdir()] == ["step_000009"]
+    options = ["--method", "gradnorm", "--accumulation", "2", "--checkpoint_dir", str(checkpoints), "--steps", "9"]
+    options += ["--cpu", "--batch_size", "16", "--save_every", "2", "--output_dir", str(tmp_path)]
+    flags = ["--config_file", "launch_configs/cpu_2.yaml"]
+    with Launched([*ACCELERATE, *flags, "tests/launch/stuck_save.py", *options]) as run:
+        run.wait_for("half written")
+        run.kill()
+    left = {path.name for path in (checkpoints / "gradnorm").iterdir()}
+    assert left == {"step_000002", "partial"}
+    with pytest.raises(RuntimeError):
+        torch.load(checkpoints / "gradnorm" / "partial" / "custom_checkpoint_0.pkl", weights_only=True)
+    output, resumed = train(tmp_path, *options, "--resume")
+    assert "resumed after 2 steps" in output
+    assert [path.name for path in (checkpoints / "gradnorm").iterdir()] == ["step_000009"]
     _, whole = comparison
     for what in ("weights", "metrics", "history"):
         assert resumed["runs"]["gradnorm"][what] == whole["runs"]["gradnorm"][what]

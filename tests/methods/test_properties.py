@@ -218,7 +218,7 @@ examples = settings(max_examples=20, derandomize=True, deadline=None, suppress_h
 @rows
 @examples
 @given(run=runs())
-def test_an_update_keeps_what_it_promises(row, run):
+def test_row_12_an_update_keeps_what_it_promises(row, run):
     """Weights finite, positive and of their sum; absent tasks untouched; arguments too; the state's form and file."""
     K, method = len(run.tasks), row.build(run.tasks)
     w, state = method.init(run.tasks)

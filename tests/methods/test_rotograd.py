@@ -408,7 +408,7 @@ class Spoil(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_what_is_not_finite_holds_weights_and_rotations(what, caplog):
+def test_rows_1_and_2_what_is_not_finite_holds_weights_and_rotations(what, caplog):
     twin = Twin()
     weighter = weighter_for(RotoGrad())
     one_step(weighter, twin, 0)

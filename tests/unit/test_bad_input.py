@@ -65,7 +65,7 @@ def raises(error, text):
     ],
     ids=["a string", "a number", "none", "an empty name", "not a name", "row 35 twice"],
 )
-def test_task_names(tasks, error, text):
+def test_row_35_task_names(tasks, error, text):
     with raises(error, text):
         Weighter(EqualWeighting(), tasks)
 
@@ -382,7 +382,7 @@ BAD_LOSSES = {
 
 
 @pytest.mark.parametrize("case", BAD_LOSSES)
-def test_bad_losses(case):
+def test_rows_7_8_and_9_bad_losses(case):
     change, error, text = BAD_LOSSES[case]
     weighter, model = weighter_and_model()
     with raises(error, text):

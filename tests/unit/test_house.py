@@ -1,6 +1,7 @@
 """What must not grow unnoticed: the public names, who imports whom, and what the core needs."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,25 @@ def test_public_names() -> None:
             "plot_history",
         ]
     )
+
+
+def rows_of(name: str) -> set[int]:
+    """Which rows of the table of faults a test shows: `test_row_12_…`, `test_rows_1_and_2_…`, `test_rows_7_8_and_9_…`."""
+    found = re.match(r"test_(?:row_(\d+)|rows_((?:\d+_)+and_\d+))(?:_|$)", name)
+    return set(map(int, re.findall(r"\d+", found[0]))) if found else set()
+
+
+def test_every_row_of_the_table_of_faults_has_a_test() -> None:
+    assert rows_of("test_row_17_a_weight_changed_by_1e_9") == {17}
+    assert rows_of("test_rows_7_8_and_9_bad_losses") == {7, 8, 9}
+    names = {
+        node.name
+        for path in Path(__file__).parents[1].rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert not {name for name in names if name.startswith("test_row") and not rows_of(name)}
+    assert set().union(*map(rows_of, names)) == set(range(1, 36))
 
 
 def test_every_public_name_has_a_docstring() -> None:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, RotoGrad, Statistics, Weighter
 from accel_weighting.methods.mgda import MGDA
+from accel_weighting.processes import fingerprint
 from accel_weighting.record import CAPACITY, Record
 from tests.scenarios import Net, batch, task_losses
 from tests.unit.small import TASKS, fake_accelerator, gradients_by_hand, losses_of, net, representation
@@ -576,6 +577,29 @@ def test_row_31_a_generators_step_through_the_discriminator_is_not_recorded(when
     torch.testing.assert_close(generator.weight.grad, expected, **EXACT)
 
 
+@pytest.mark.parametrize("method", [GRADNORM, MGDA()], ids=["losses", "shared"])
+@pytest.mark.parametrize("first", ["theirs", "ours"])
+def test_row_31_the_users_own_backward_of_the_same_losses_adds_its_gradients_and_is_not_measured(first, method):
+    """It cannot be told from a loss of the trunk's own; the gradients of both are in the parameters."""
+    weighter, model = weighter_and_model(method, initial_weights={"depth": 0.5, "seg": 0.25})
+    losses = losses_of(model)
+    if first == "theirs":
+        sum(losses.values()).backward(retain_graph=True)
+        weighter.backward(losses)
+    else:
+        weighter.backward(losses, retain_graph=True)
+        sum(losses.values()).backward()
+    assert_statistics_by_hand(weighter, model)
+    twin = net()
+    fresh = Weighter(method, TASKS, heads=dict(twin.heads), initial_weights={"depth": 0.5, "seg": 0.25})
+    fresh.backward(losses_of(twin))
+    fresh.detach()
+    sum(losses_of(twin).values()).backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, **EXACT)
+    assert weighter.weights == fresh.weights
+
+
 def test_a_users_own_gradient_between_forward_and_backward():
     weighter, model = weighter_and_model()
     losses = losses_of(model)
@@ -773,6 +797,19 @@ def test_row_33_compiled_without_a_graph_break(route, fresh_compiler):
     assert weighter.weights["depth"] != weighter.weights["seg"]
 
 
+# ---- agreement -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_row_17_a_fingerprint_changes_with_any_bit(dtype):
+    x = torch.randn(3, 4, 4, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    for bit in range(8 * x.element_size()):
+        y = x.clone()
+        y.view(-1).view(torch.uint8).view(-1, x.element_size())[17, bit // 8] ^= 1 << bit % 8
+        assert not torch.equal(fingerprint(x), fingerprint(y)), bit
+    assert torch.equal(fingerprint(x), fingerprint(x.transpose(1, 2).contiguous().transpose(1, 2)))
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
@@ -855,7 +892,7 @@ def test_row_28_something_else_is_refused(state):
         weighter.load_state_dict(state)
 
 
-def test_a_task_added_keeps_what_fits():
+def test_row_27_a_task_added_keeps_what_fits():
     weighter, model = weighter_and_model()
     for step in range(3):
         weighter.backward(losses_of(model, step))
@@ -869,31 +906,42 @@ def test_a_task_added_keeps_what_fits():
         new, old = again.state_dict()["state"][name], saved["state"][name]
         assert torch.equal(new[[2, 0]], old) and new[1] == 0
     assert again.state_dict()["step"] == 3
+    then, now = weighter.history, again.history
+    assert [step for step, _ in now] == [0, 1, 2]
+    for (_, old), (_, new) in zip(then, now, strict=True):
+        assert new == {"cosine/seg·depth" if name == "cosine/depth·seg" else name: x for name, x in old.items()}
+    assert again.average_weights == again.weights  # over other steps than the others' it would be no average
     again.backward(losses_of(larger, 3, tasks=3))
+    assert again.log_values()["loss_cov/normals"] == 0 < again.log_values()["loss_cov/seg"]  # one loss, and four
     assert all(math.isfinite(weight) for weight in again.weights.values())
     assert [step for step, _ in again.history][-1] == 3
 
 
-def test_a_task_gone_keeps_what_fits():
+def test_row_27_a_task_gone_keeps_what_fits():
     weighter, model = weighter_and_model()
     weighter.backward(losses_of(model))
     one = net(["seg"])
     again = Weighter(GRADNORM, ["seg"], heads=dict(one.heads))
     again.load_state_dict(weighter.state_dict(), strict=False)
     assert again.weights["seg"] == weighter.weights["seg"]
+    assert again.average_weights["seg"] == weighter.average_weights["seg"]
+    mine = {name for name in weighter.history[0][1] if "depth" not in name}
+    assert again.history == [(0, {name: x for name, x in weighter.history[0][1].items() if name in mine})]
     again.backward(losses_of(one, tasks=1))
 
 
-def test_another_method_keeps_the_weights_only():
+def test_row_27_another_method_keeps_weights_averages_and_history():
     weighter, model = weighter_and_model()
     weighter.backward(losses_of(model))
     again, twin = weighter_and_model(GradNorm(alpha=0.5))
     again.load_state_dict(weighter.state_dict(), strict=False)
     assert again.weights == weighter.weights
     assert torch.equal(again.state_dict()["state"]["adam_mean"], weighter.state_dict()["state"]["adam_mean"])
+    assert again.history == weighter.history and again.average_weights == weighter.average_weights
     other, twin = weighter_and_model(CoVWeighting(total="tasks"))
     other.load_state_dict(weighter.state_dict(), strict=False)
-    assert other.state_dict()["state"]["count"].eq(0).all()
+    assert other.state_dict()["state"]["count"].eq(0).all() and other.weights == weighter.weights
+    assert other.history == weighter.history and other.average_weights == weighter.average_weights
     other.backward(losses_of(twin))
 
 
