@@ -66,7 +66,7 @@ def positive_by_task(argument: str, values: Any, tasks: Sequence[str]) -> dict[s
     }
     if wrong:
         raise ValueError(f"Parameter `{argument}` must hold positive finite numbers. Found {wrong!r}.")
-    return {task: float(value) for task, value in values.items()}
+    return {task: float(values[task]) for task in tasks if task in values}  # in an order that all processes share
 
 
 def at_least(argument: str, value: Any, low: int) -> int:

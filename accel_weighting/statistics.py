@@ -50,6 +50,8 @@ class Statistics:
 class Method:
     """Base of every weighting method: a frozen dataclass of hyperparameters with two pure functions.
 
+    Processes and checkpoints compare methods by their ``repr``: a dictionary among the hyperparameters is sorted.
+
     Class constants say what a method needs and where its weights act.
 
     A method that rotates the shared representation also has ``widen(state, width) -> State``, called when the width

@@ -40,6 +40,8 @@ class GradientBalancer(Method):
     total_norm: float | None = None
 
     def __post_init__(self) -> None:
+        if self.shares is not None:
+            object.__setattr__(self, "shares", dict(sorted(self.shares.items())))
         require(self, "shares", all(0 < s < math.inf for s in (self.shares or {}).values()), "be positive and finite")
         require(self, "decay", 0 <= self.decay <= 1, "be in [0, 1]")
         require(self, "total_norm", self.total_norm is None or 0 < self.total_norm < math.inf, "be positive")

@@ -54,6 +54,8 @@ class FAMO(Method):
     min_losses: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
+        if self.min_losses is not None:
+            object.__setattr__(self, "min_losses", dict(sorted(self.min_losses.items())))
         if not 0 < self.lr < math.inf:
             raise ValueError(f"Parameter `lr` must be positive and finite. Found `lr = {self.lr}`.")
         if not 0 <= self.gamma < math.inf:

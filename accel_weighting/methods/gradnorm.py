@@ -65,7 +65,8 @@ class GradNorm(Method):
 
     def __post_init__(self) -> None:
         if self.initial_losses is not None:
-            object.__setattr__(self, "initial_losses", {t: float(loss) for t, loss in self.initial_losses.items()})
+            found = {t: float(loss) for t, loss in sorted(self.initial_losses.items())}
+            object.__setattr__(self, "initial_losses", found)
         if self.tasks is not None:
             object.__setattr__(self, "tasks", tuple(self.tasks))
         for valid, name, rule in (

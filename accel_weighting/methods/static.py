@@ -59,7 +59,7 @@ class StaticWeighting(Method):
     keeps_sum: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", {task: float(weight) for task, weight in self.weights.items()})
+        object.__setattr__(self, "weights", {task: float(weight) for task, weight in sorted(self.weights.items())})
         wrong = {task: weight for task, weight in self.weights.items() if not (0 < weight < math.inf)}
         if wrong:
             raise ValueError(f"Parameter `weights` must hold positive finite numbers. Found `{wrong}`.")

@@ -218,23 +218,25 @@ def row_17_settings() -> dict[str, str]:
 
 
 def row_6_dictionaries_in_any_order() -> tuple[dict[str, float], dict[str, float]]:
-    """Of losses, counts, caps, initial weights and heads."""
-    one, other = [
-        {"max_losses": {"t0": 2.0, "t1": 3.0}, "initial_weights": {"t0": 1.5, "t1": 0.5}},
-        {"max_losses": {"t1": 3.0, "t0": 2.0}, "initial_weights": {"t1": 0.5, "t0": 1.5}},
-    ]
-    alike = build(options=one)
-    mixed = build(options=other if rank() == 1 else one)
-    if rank() == 1:
-        mixed.weighter.detach()
-        heads = dict(reversed(mixed.inner.heads.items()))
-        mixed.weighter = Weighter(GRADNORM, NAMES, accelerator=mixed.accelerator, heads=heads, **other)
-    else:
-        mixed.weighter = Weighter(GRADNORM, NAMES, accelerator=mixed.accelerator, heads=dict(mixed.inner.heads), **one)
-    for step in range(3):
-        alike.step(step)
-        mixed.step(step)
-    return alike.weighter.weights, mixed.weighter.weights
+    """Of heads, caps, initial weights and a method's own; that of losses has its test among the windows."""
+    one: dict[str, Any] = {"max_losses": {"t0": 2.0, "t1": 3.0}, "initial_weights": {"t0": 1.5, "t1": 0.5}}
+    first = {"t0": 1.0, "t1": 20.0}
+
+    def turned(x: dict[str, Any]) -> dict[str, Any]:
+        return dict(reversed(x.items())) if rank() == 1 else x
+
+    def weighter(heads: dict[str, Any], options: dict[str, Any], initial_losses: dict[str, float]) -> dict[str, float]:
+        setup.weighter.detach()
+        method = GradNorm(alpha=1.0, lr=0.05, initial_losses=initial_losses)
+        setup.weighter = Weighter(method, NAMES, accelerator=setup.accelerator, heads=heads, **options)
+        for step in range(3):
+            setup.step(step)
+        return setup.weighter.weights
+
+    setup = build()
+    heads = dict(setup.inner.heads)
+    alike = weighter(heads, one, first)
+    return alike, weighter(turned(heads), {name: turned(x) for name, x in one.items()}, turned(first))
 
 
 # ---- row 29: two weighters, two models -------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def epochs(engine: str, plugin: str, evaluate: bool = False, nest: bool = False)
         for u, v in loader:
             with accelerator.accumulate(setup.model):
                 if nest:
-                    assert len([_ for _ in inner_loader]) == 5
+                    assert len(list(inner_loader)) == 5
                 with count:
                     weighter.backward(task_losses(setup.model(u), v))
                 if accelerator.sync_gradients:

@@ -3,6 +3,7 @@
 python -m tests.launch.leaving RENDEZVOUS SECONDS
 """
 
+import os
 import sys
 from datetime import timedelta
 
@@ -13,7 +14,8 @@ from tests.distributed.setups import build, rank
 
 def main() -> None:
     rendezvous, seconds = sys.argv[1:]
-    dist.init_process_group("gloo", f"file://{rendezvous}", timedelta(seconds=float(seconds)))
+    place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    dist.init_process_group("gloo", f"file://{rendezvous}", timedelta(seconds=float(seconds)), **place)
     setup = build()
     for step in range(4):
         if rank() == 1 and step == 2:

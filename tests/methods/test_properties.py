@@ -275,6 +275,16 @@ def test_a_sum_that_is_kept_is_declared(row):
     assert row.total is None or row.build(["a"]).keeps_sum
 
 
+@pytest.mark.parametrize(
+    ("method", "argument"),
+    [(StaticWeighting, "weights"), (GradNorm, "initial_losses"), (GradientBalancer, "shares"), (FAMO, "min_losses")],
+)
+def test_the_order_of_a_dictionary_is_of_no_consequence(method, argument):
+    """Processes and checkpoints compare methods by their text."""
+    one, other = (method(**{argument: values}) for values in ({"a": 1.0, "b": 2.0}, {"b": 2.0, "a": 1.0}))
+    assert one == other and repr(one) == repr(other)
+
+
 def test_every_exported_method_has_a_row():
     exported = [getattr(accel_weighting, name) for name in accel_weighting.__all__]
     methods = {x for x in exported if isinstance(x, type) and issubclass(x, Method)} - {Method}

@@ -127,7 +127,7 @@ def test_public_names() -> None:
 
 
 def rows_of(name: str) -> set[int]:
-    """Which rows of the table of faults a test shows: `test_row_12_…`, `test_rows_1_and_2_…`, `test_rows_7_8_and_9_…`."""
+    """Which rows of the table of faults a test shows: `test_row_12_…`, `test_rows_7_8_and_9_…`."""
     found = re.match(r"test_(?:row_(\d+)|rows_((?:\d+_)+and_\d+))(?:_|$)", name)
     return set(map(int, re.findall(r"\d+", found[0]))) if found else set()
 
