@@ -21,7 +21,7 @@ from torch import Tensor
 from accel_weighting import MGDA, CoVWeighting, GradNorm, Method, RotoGrad, Smooth, Weighter
 from tests.distributed.setups import F64, GRADNORM, NAMES, Setup, build, error_of, gradients_by_hand, rank, table
 from tests.distributed.test_all_methods import CASES
-from tests.ranks import run_ranks
+from tests.ranks import accelerator_for, run_ranks
 from tests.scenarios import Net, batch, task_losses
 
 
@@ -149,8 +149,6 @@ FACTORS = [(1.0, 0.5, 2.0), (1.0, 0.0, 2.0), (1.0, -1.0, 2.0), (1.0, 1.0, 1.0), 
 
 def row_12_degenerate_gradients() -> dict[str, Any]:
     """Every method on gradients that are multiples of one another, over all processes."""
-    from tests.ranks import accelerator_for
-
     accelerator = accelerator_for("ddp")
     found = {}
     for name, case in CASES.items():
@@ -255,29 +253,33 @@ def row_29_two_weighters() -> dict[str, Any]:
         ]
         for part in range(2):
             with setup.accelerator.accumulate(setup.model):
-                losses = [setup.losses(0, part=part, parts=2) for _ in range(2)]  # a forward for each
+                losses = setup.losses(0, part=part, parts=2)
+                totals = [weighters[i].combine({task: losses[task] for task in pairs[i]}) for i in order]
+                setup.accelerator.backward(sum(totals))
                 for i in order:
-                    weighters[i].backward({task: losses[i][task] for task in pairs[i]})
+                    weighters[i].step()
         found[str(order)] = [weighter.statistics for weighter in weighters]
     return found
 
 
 def row_29_two_models() -> Any:
     """One weighter over the heads of two models: no representation is shared, so that norms alone are known."""
-    setup = build(wrap=False)
-    setup.weighter.detach()
-    inner = [setup.inner, build(wrap=False, seed=1).inner]
-    models = [setup.accelerator.prepare(model) for model in inner]
-    heads = {"t0": inner[0].heads["t0"], "t1": inner[1].heads["t1"]}
-    weighter = Weighter(GRADNORM, ["t0", "t1"], accelerator=setup.accelerator, heads=heads)
-    x, y = batch(0, 3, F64)
-    rows = setup.rows(0)
-    losses = [task_losses(model(x[rows]), y[rows]) for model in models]
-    for loss, unused in ((losses[0], ("t1", "t2")), (losses[1], ("t0", "t2"))):
-        for task in unused:  # heads that nobody weighs still have to answer to DDP
-            loss[f"t{task[1]}"] = loss[task] * 0
-    weighter.backward({"t0": losses[0]["t0"], "t1": losses[1]["t1"]})
-    return weighter.statistics
+    accelerator = accelerator_for("ddp")
+    x, y = batch(0, 1, F64)
+    rows = slice(18 * rank(), 18 * rank() + 18)
+    inner = [two_models(seed) for seed in range(2)]
+    models = [accelerator.prepare(model) for model in inner]
+    heads = {f"t{seed}": model.heads["t0"] for seed, model in enumerate(inner)}
+    weighter = Weighter(GRADNORM, ["t0", "t1"], accelerator=accelerator, heads=heads)
+    for _ in range(2):
+        losses = [task_losses(model(x[rows]), y[rows])["t0"] for model in models]
+        weighter.backward(losses)
+    return weighter.statistics, weighter.weights
+
+
+def two_models(seed: int) -> Net:
+    torch.manual_seed(seed)
+    return Net(["t0"]).double()
 
 
 # ---- rows 21 and 22: the loss scale ----------------------------------------------------------------------------------
@@ -325,7 +327,10 @@ SCRIPT = {1: "loss", 3: "tap", 4: "tap", 6: "parameters"}
 def row_21_scripted_overflows() -> dict[str, Any]:
     runs = {}
     for name, method in (("GradNorm", GRADNORM), ("CoV", CoVWeighting()), ("RotoGrad", RotoGrad(lr=0.5))):
-        runs[name] = fp16_run(overflows=SCRIPT, method=method), fp16_run(scale=1.0, left_out={1, 3, 4}, method=method)
+        runs[name] = (
+            fp16_run(overflows=SCRIPT, method=method),
+            fp16_run(precision="no", left_out={1, 3, 4}, method=method),
+        )
     return runs
 
 
@@ -453,10 +458,10 @@ def test_row_21_held_windows_under_a_scaler_are_as_if_they_had_not_been(two) -> 
         assert run["skipped"] == [step in SCRIPT for step in range(8)], name
         assert run["steps"] == [0, 0, 2, 2, 2, 5, 6, 7], name  # at 6 the parameters alone saw the overflow
         assert all(map(torch.equal, run["weights"], other["weights"])), name
-        # Without a scaler nothing is skipped at 6 (nothing overflows there), so that the models part after it.
+        # Without a scaler nothing overflows in the parameters at 6, so that the models part after it.
         kept = [run["weights"][step] for step in (0, 2, 5, 6)]
         for mine, theirs in zip(kept, without["weights"], strict=False):
-            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=0, msg=name)
+            torch.testing.assert_close(mine, theirs, rtol=4e-3, atol=0)  # fp16 has 11 bits
 
 
 def test_row_21_gradients_that_overflow_under_a_scaler_do_not_count_and_losses_do(two) -> None:
@@ -488,20 +493,19 @@ def test_row_29_two_weighters_on_two_processes_see_their_own_tasks_in_any_order(
 
 
 def test_row_29_one_weighter_around_two_models_knows_norms(two) -> None:
+    x, y = batch(0, 1, F64)
     norms = []
-    for seed, k in ((0, 0), (1, 1)):
-        torch.manual_seed(seed)
-        model = Net(NAMES).double()
-        x, y = batch(0, 3, F64)
-        z = model.embed(x)
-        for block in model.blocks:
-            z = block(z)
-        z = model.shared(z).detach().requires_grad_()
-        loss = task_losses({task: head(z) for task, head in model.heads.items()}, y)[f"t{k}"]
-        norms.append(torch.autograd.grad(loss, z)[0].norm())
-    for statistics in each(two, row_29_two_models):
+    for seed in range(2):
+        model = two_models(seed)
+        model.shared.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
+        taken: list[Tensor] = []
+        model.heads["t0"].register_forward_pre_hook(lambda module, args, taken=taken: taken.append(args[0]))
+        loss = task_losses(model(x), y)["t0"]
+        norms.append(torch.autograd.grad(loss, taken[0])[0].norm())
+    for statistics, weights in each(two, row_29_two_models):
         torch.testing.assert_close(statistics.norms, torch.stack(norms), rtol=1e-12, atol=0)
-        assert statistics.gram is None
+        assert statistics.gram is None and statistics.step == 1
+        assert weights == each(two, row_29_two_models)[0][1] and weights["t0"] != weights["t1"]
 
 
 def test_row_24_a_run_saved_inside_a_window_is_warned_and_goes_on_with_a_window_of_one(tmp_path) -> None:
@@ -608,8 +612,9 @@ def row_14_join_uneven_inputs() -> tuple[Any, ...]:
     """Five batches of four rows for two processes: three against two."""
     setup = build(wrap=False, mesh={"dp_replicate_size": 2})
     data = torch.utils.data.TensorDataset(*(x[:20] for x in batch(0, 3, F64)))
-    loader = torch.utils.data.DataLoader(data, batch_size=4)
-    setup.model, setup.optimizer, loader = setup.accelerator.prepare(setup.inner, setup.optimizer, loader)
+    loader = setup.accelerator.prepare(torch.utils.data.DataLoader(data, batch_size=4))
+    # By hand: `join_uneven_inputs` acts on several GPUs only, and there Accelerate would look for them.
+    setup.model = torch.nn.parallel.DistributedDataParallel(setup.inner)
     start = setup.weighter.weights
 
     def epoch(even: bool | None) -> int:
@@ -696,7 +701,8 @@ def test_row_14_joined_uneven_inputs_are_refused_at_once_on_all_processes(waitin
 def under_ddp(freeze: bool) -> Any:
     """Process 1 has one batch less, or is frozen: DDP's own sum and ours wait for different things."""
     setup = build()
-    start = setup.step(0)
+    setup.step(0)
+    start = setup.step(1)  # in the second forward DDP still sorts its buckets
     patient(setup)
     if rank() == 1 and not freeze:
         dist.distributed_c10d._get_default_store().wait(["done"], timedelta(seconds=30))
@@ -704,7 +710,7 @@ def under_ddp(freeze: bool) -> Any:
     else:
         if rank() == 1:
             setup.weighter.freeze()
-        found = (*timed(lambda: [setup.step(step) for step in (1, 2)]), setup.weighter.weights == start)
+        found = (*timed(lambda: [setup.step(step) for step in (2, 3)]), setup.weighter.weights == start)
         dist.distributed_c10d._get_default_store().set("done", "")
     dist.destroy_process_group()
     return found
@@ -712,10 +718,10 @@ def under_ddp(freeze: bool) -> Any:
 
 def test_row_14_under_ddp_three_batches_against_two_end_with_an_error_that_names_the_cause(tmp_path) -> None:
     ours, _ = run_ranks(under_ddp, 2, tmp_path, False, timeout=60)
-    assert_left_waiting(ours)
+    assert_left_waiting(ours, step=2)
 
 
 def test_row_18_under_ddp_a_process_frozen_alone_ends_all_with_an_error(tmp_path) -> None:
     ours, frozen = run_ranks(under_ddp, 2, tmp_path, True, timeout=60)
-    assert_left_waiting(ours)
-    assert_left_waiting(frozen, step=2)
+    assert_left_waiting(ours, step=2)
+    assert_left_waiting(frozen, step=3)
