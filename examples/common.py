@@ -39,7 +39,7 @@ def check_processes(accelerator: Accelerator) -> None:
             f"{launched} processes were started, and each sees {accelerator.num_processes}: they would train apart.\n"
             "On a machine without accelerators, write --cpu after the name of the script."
         )
-    accelerator.print(f"{accelerator.num_processes} processes, {accelerator.distributed_type}")
+    accelerator.print(f"Processes: {accelerator.num_processes} ({accelerator.distributed_type.value})")
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:

@@ -26,7 +26,7 @@ def train(script, folder, *options):
     """A short run that must go well; the output and the results it wrote."""
     code, output = launch(script, "--output_dir", folder, *options)
     assert code == 0, output
-    assert "2 processes, DistributedType.MULTI_CPU" in output
+    assert "Processes: 2 (MULTI_CPU)" in output
     assert (folder / f"{script}.png").read_bytes().startswith(b"\x89PNG")
     return output, json.loads((folder / f"{script}.json").read_text())
 
