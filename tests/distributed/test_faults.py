@@ -182,7 +182,8 @@ def row_17_one_bit() -> dict[str, tuple[str, str]]:
         probe = build(method=method)
         probe.step(0)
         state = probe.weighter._progress.state
-        places = [("weights", 8 * 8), *((name, 8 * x.element_size()) for name, x in state.items())]
+        places = [("weights", 8 * 8)]
+        places += [(name, 1 if x.dtype == torch.bool else 8 * x.element_size()) for name, x in state.items()]
         for name, bits in places:
             for bit in (0, bits - 1, *((33, 47) if name.endswith("rotations") else ())):
                 setup = build(method=method, wrap=False)

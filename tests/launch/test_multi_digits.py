@@ -75,7 +75,7 @@ def test_row_25_a_run_killed_inside_a_save_ends_where_the_uninterrupted_one_does
     options += ["--cpu", "--batch_size", "64", "--save_every", "2", "--output_dir", str(tmp_path)]
     flags = ["--config_file", "launch_configs/cpu_2.yaml"]
     with Launched([*ACCELERATE, *flags, "tests/launch/stuck_save.py", *options]) as run:
-        run.wait_for("half written")
+        run.wait_until(lambda: "half written" in run.output, "a checkpoint is half written")
         run.kill()
     left = {path.name for path in (checkpoints / "gradnorm").iterdir()}
     assert left == {"step_000002", "partial"}
