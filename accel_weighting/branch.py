@@ -24,6 +24,9 @@ from torch.utils.hooks import RemovableHandle
 
 from . import checks
 
+SMALL = 1 << 16
+"""Elements up to which a tensor's kernel costs more to start than to run, about."""
+
 CHUNK = 1 << 20
 """Elements per task that are gathered at once: bounds the memory of the products whatever the size of z."""
 
@@ -54,15 +57,15 @@ def _(gradients: list[Tensor | None], inputs: Tensor | None, mask: Tensor | None
 
 
 def _sum(gradients: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
-    """A fresh sum; stacked while that is small, since one kernel is then cheaper than several."""
+    """A fresh sum: one kernel on a stack of small tensors, one pass over each where memory is what takes the time."""
     first = gradients[0]
     w = None if weights is None else weights.to(first.dtype)
-    if first.numel() <= CHUNK:
+    if first.numel() <= SMALL:
         V = torch.stack(tuple(gradients))
         return (V if w is None else V * w.view(-1, *(1,) * first.ndim)).sum(0)
     total = first.clone() if w is None else first * w[0]
     for k, g in enumerate(gradients[1:], 1):
-        total += g if w is None else g * w[k]
+        total = total.add_(g) if w is None else total.addcmul_(g, w[k])
     return total
 
 
