@@ -207,7 +207,8 @@ class Weighter:
         self._finish()
         v = self._stack(named, present, empty)
         seen = v.detach()
-        self._branch.forget()
+        if gradients:  # an evaluation may come between a forward and its backward
+            self._branch.forget()
         on_losses = self.method.acts_on == "losses"
         record = gradients and not freeze and self._measuring
         if on_losses:

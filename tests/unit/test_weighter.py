@@ -720,6 +720,16 @@ def test_an_evaluation_of_one_head_between_two_micro_batches_leaves_no_trace():
     torch.testing.assert_close(weighter.statistics.gram, G @ G.T / 2, **EXACT)  # the same rows twice, each at 1/2
 
 
+def test_an_evaluation_between_a_forward_and_its_backward_changes_nothing():
+    """A count of 0 is said at the head's output, which the evaluation must not take away."""
+    weighter, model = weighter_and_model()
+    losses = losses_of(model)
+    with torch.no_grad():
+        weighter.combine(losses_of(model, 1))
+    weighter.backward({**losses, "seg": losses["seg"] * torch.nan}, num_items={"seg": 0})
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 # ---- checkpointing and compilation ---------------------------------------------------------------------------------
 
 
