@@ -124,7 +124,7 @@ class Weighter:
         self._width: int | None = None  # of z, where the method rotates
         self._shape: tuple[int, ...] | None = None  # likewise
         self._folded = False
-        self._open = 0  # micro-batches since the last step, recorded or not
+        self._open: list[Block] = []  # micro-batches since the last step, recorded or not
         self._due = False
         self._expected: set[int] = set()  # tasks whose gradient must come to the branch in this window
         self._arrived: set[int] = set()
@@ -224,7 +224,6 @@ class Weighter:
         if not gradients:
             return total
 
-        self._open += 1
         self._due = self._sync
         block = Block(
             present,
@@ -233,6 +232,7 @@ class Weighter:
             record=record,
             arrived=self._arrived,
         )
+        self._open.append(block)
         if record:
             self._warn_of_half_precision(named)
             self._window.add_block(seen, present, counts)
@@ -278,7 +278,9 @@ class Weighter:
         self._window.clear()
         self._branch.disarm()
         self._branch.split = False
-        self._open = 0
+        for block in self._open:
+            block.record = False  # its backward may yet come, and belongs to no later window
+        self._open = []
         self._due = False
         self._expected = set()
         self._arrived = set()

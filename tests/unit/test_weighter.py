@@ -730,6 +730,17 @@ def test_an_evaluation_between_a_forward_and_its_backward_changes_nothing():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("closes", ["step", "reset"])
+def test_a_backward_after_its_window_is_not_recorded(closes):
+    weighter, model = weighter_and_model(method=CoVWeighting())
+    late = weighter.combine(losses_of(model, 0))
+    getattr(weighter, closes)()
+    late.backward()
+    weighter.backward(losses_of(model, 1))
+    G = gradients_by_hand(model, 1)
+    torch.testing.assert_close(weighter.statistics.gram, G @ G.T, **EXACT)
+
+
 # ---- checkpointing and compilation ---------------------------------------------------------------------------------
 
 
