@@ -412,6 +412,9 @@ class Weighter:
                 names = [task for task, is_negative in zip(self.tasks, negative.tolist(), strict=True) if is_negative]
                 losses = statistics.losses[negative].tolist()
                 raise checks.negative_losses(repr(self.method), names, losses, statistics.step)
+        if statistics.norms is None and self.method.needs & {"norms", "gram", "moments"}:
+            names = [task for task, there in zip(self.tasks, statistics.present.tolist(), strict=True) if there]
+            raise checks.losses_that_missed_the_branch(names, self._branch.frozen_trunk, not self._has_heads)
         if split and self.method.needs & {"gram", "moments"}:
             raise checks.unrelated_gradients(repr(self.method), statistics.step)
         if self.method.needs & {"gram", "moments"}:

@@ -741,6 +741,21 @@ def test_a_backward_after_its_window_is_not_recorded(closes):
     torch.testing.assert_close(weighter.statistics.gram, G @ G.T, **EXACT)
 
 
+@pytest.mark.parametrize("why", ["detached", "no backward"])
+def test_row_10_a_later_window_in_which_no_gradient_came(why):
+    weighter, model = weighter_and_model()
+    weighter.backward(losses_of(model))
+    before = weighter.weights
+    with pytest.raises(RuntimeError, match="Losses `depth`, `seg` do not depend on the branch"):
+        if why == "detached":
+            weighter.detach()
+            weighter.backward(losses_of(model))
+        else:
+            weighter.combine(losses_of(model))
+            weighter.step()
+    assert weighter.weights == before
+
+
 # ---- checkpointing and compilation ---------------------------------------------------------------------------------
 
 
