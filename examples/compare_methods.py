@@ -325,7 +325,7 @@ def draw(runs: list[Run], tasks: tuple[str, str], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     best = chosen(runs)
-    figure, ax = plt.subplots(figsize=(9, 6), layout="constrained")
+    figure, ax = plt.subplots(figsize=(10, 6.5), layout="constrained")
     colours, markers = plt.get_cmap("turbo").resampled(len(best)), "o^Dv"
     for k, (name, group) in enumerate(best.items()):
         others = [g for (method, _, _), g in settings(runs).items() if method == name]
@@ -333,7 +333,8 @@ def draw(runs: list[Run], tasks: tuple[str, str], path: Path) -> None:
         ax.scatter(*means, s=8, color=colours(k), alpha=0.5, linewidths=0)
         (x, dx), (y, dy) = (interval([run["test"][task] for run in group]) for task in tasks)
         marker = "s" if name in ("equal", "static", "random") else markers[k % len(markers)]
-        ax.errorbar(x, y, dy, dx, fmt=marker, color=colours(k), markersize=7, elinewidth=1, label=name)
+        ax.errorbar(x, y, dy, dx, fmt=marker, color=colours(k), markersize=7, elinewidth=0.7, label=name)
+        ax.annotate(name, (x, y), (4, 4), textcoords="offset points", fontsize=7, color=colours(k))
     xs, ys = ([fmean(run["test"][task] for run in group) for group in best.values()] for task in tasks)
     for axis, values, task in ((ax.xaxis, xs, tasks[0]), (ax.yaxis, ys, tasks[1])):
         unit = "percent wrong" if TASKS[task].metric == "accuracy" else "root mean squared error"
@@ -341,8 +342,11 @@ def draw(runs: list[Run], tasks: tuple[str, str], path: Path) -> None:
         (ax.set_xlim if axis is ax.xaxis else ax.set_ylim)(0.8 * min(values), 1.25 * max(values))
     ax.set_xscale("log")
     ax.set_yscale("log")
-    ax.set_title("Large: chosen on the validation set, with 95 % intervals. Small: what was not. Squares: baselines.")
-    ax.title.set_fontsize(10)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
+    title = "Large: chosen on the validation set, with 95 % intervals. Small: what was not. Squares: baselines."
+    ax.set_title(title, fontsize=9)
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
