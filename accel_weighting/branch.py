@@ -56,6 +56,22 @@ def _(gradients: list[Tensor | None], inputs: Tensor | None, mask: Tensor | None
     return torch.empty_like(next(g for g in gradients if g is not None))
 
 
+@torch.library.custom_op("accel_weighting::rotation", mutates_args=(), schema="(Tensor z, int key, int k) -> Tensor")
+def _rotation(z: Tensor, key: int, k: int) -> Tensor:
+    """A copy of R_k. Opaque too, since the method moves the rotations at the first use after a step."""
+    rotation = _BRANCHES[key].rotation
+    assert rotation is not None
+    return rotation.matrices(z)[k].clone()
+
+
+@_rotation.register_fake
+def _(z: Tensor, key: int, k: int) -> Tensor:
+    rotation = _BRANCHES[key].rotation
+    assert rotation is not None
+    m = rotation.size or z.shape[rotation.dim]
+    return z.new_empty(m, m, dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
+
+
 def _sum(gradients: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
     """A fresh sum: one kernel on a stack of small tensors, one pass over each where memory is what takes the time."""
     first = gradients[0]
@@ -143,20 +159,22 @@ class Rotation:
         matrices: ``[K, m, m]`` on the device of the z it is given.
         dim: The dimension of z that holds the features; the first m of them are rotated.
         cooperative: Whether the moments of gradients and features are wanted too.
+        size: m, where it is not all of them.
     """
 
     matrices: Callable[[Tensor], Tensor]
     dim: int = -1
     cooperative: bool = False
+    size: int | None = None
 
-    def __call__(self, z: Tensor, k: int) -> Tensor:
-        """``r_k = R_k z``."""
-        R = self.matrices(z)[k].to(z.dtype)
-        m, x = len(R), z.movedim(self.dim, -1)
-        turned = x[..., :m] @ R.T
-        if m < x.shape[-1]:
-            turned = torch.cat([turned, x[..., m:]], -1)
-        return turned.movedim(-1, self.dim)
+
+def rotated(z: Tensor, R: Tensor, dim: int = -1) -> Tensor:
+    """``R z``: the first m features, along ``dim``, turned by ``R``, ``[m, m]``."""
+    m, x = len(R), z.movedim(dim, -1)
+    turned = x[..., :m] @ R.to(z.dtype).T
+    if m < x.shape[-1]:
+        turned = torch.cat([turned, x[..., m:]], -1)
+    return turned.movedim(-1, dim)
 
 
 @dataclass
@@ -319,7 +337,13 @@ class Branch:
         return {task: self._rotated(alias, k) for k, (task, alias) in aliases}
 
     def _rotated(self, z: Tensor, k: int) -> Tensor:
-        return z if self.rotation is None else self.rotation(z, k)
+        if self.rotation is None:
+            return z
+        if torch.compiler.is_compiling():
+            R = torch.ops.accel_weighting.rotation(z.detach(), self._key, k)
+        else:
+            R = self.rotation.matrices(z)[k]
+        return rotated(z, R, self.rotation.dim)
 
     def head_outputs(self, k: int) -> list[Tensor]:
         """What head ``k`` gave in the last forward, tensors with a graph only."""

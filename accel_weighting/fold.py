@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import checks
-from .branch import Rotation
+from .branch import rotated
 
 
 def fold(
@@ -73,7 +73,7 @@ def _readers(task: str, head: nn.Module, m: int, dim: int, shape: Sequence[int] 
     weight = first.weight
     numbers = torch.Generator().manual_seed(0)
     random = torch.randn(m, m, generator=numbers, dtype=torch.float64)
-    rotation = Rotation(lambda _: torch.linalg.qr(random)[0][None].to(weight.device), dim)
+    R = torch.linalg.qr(random)[0].to(weight.device)
     size = [2, width] if shape is None else list(shape)
     if len(size) > 1 and dim % len(size) != 0:
         size[0] = min(size[0], 2)
@@ -85,11 +85,11 @@ def _readers(task: str, head: nn.Module, m: int, dim: int, shape: Sequence[int] 
         calls.append((linear, x))
         if not _is(x, calls[0][1]) or linear.in_features != width:
             return None
-        turned = Rotation(rotation.matrices, -1)(x, 0)
+        turned = rotated(x, R)
         return ((turned, *args[1:]), kwargs) if args else (args, {**kwargs, "input": turned})
 
     try:
-        expected = _run(head, rotation(z, 0))
+        expected = _run(head, rotated(z, R, dim))
         with ExitStack() as hooks:
             for module in head.modules():
                 if isinstance(module, nn.Linear):

@@ -111,7 +111,9 @@ class Weighter:
             self._window.add,
             None if heads is None else lambda: heads_by_task(self.tasks, heads, model),
             None if shared_layer is None else lambda: find_layer(shared_layer, model),
-            Rotation(self._rotations, rotating.dim, rotating.cooperative_after is not None) if self._rotates else None,
+            Rotation(self._rotations, rotating.dim, rotating.cooperative_after is not None, rotating.size)
+            if self._rotates
+            else None,
         )
         self._branch.attach()
         if (
