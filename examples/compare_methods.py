@@ -228,8 +228,8 @@ def run_all(args: argparse.Namespace) -> list[Run]:
         for index, candidate in enumerate(METHODS[name])
         for lr in args.lrs
     }
-    runs = [run for run in finished(path) if key(run) in wanted]
-    there = {key(run) for run in runs}
+    there = {key(run): run for run in finished(path) if key(run) in wanted}  # of what was run twice, once
+    runs = list(there.values())
     jobs = [job for name, job in wanted.items() if name not in there]
     if runs:
         print(f"{len(runs)} of {len(wanted)} runs are in {path}")
