@@ -69,8 +69,8 @@ class Progress:
 
     def digest(self) -> bytes:
         """Of the weights and the method's state, to the last bit; rotations are on the device and left out."""
-        state = [self.state[name].flatten() for name in sorted(self.state) if _last(name) != "rotations"]
-        return hashlib.blake2b(torch.cat([self.weights, *state]).numpy().tobytes()).digest()
+        state = [self.state[name].contiguous() for name in sorted(self.state) if _last(name) != "rotations"]
+        return hashlib.blake2b(b"".join(x.numpy().tobytes() for x in (self.weights, *state))).digest()
 
     def replace(self, old: Tensor, new: Tensor) -> None:
         """The same entry of the method's state on another device or in another precision."""
