@@ -6,29 +6,32 @@ from pathlib import Path
 
 
 class Checks:
-    """Prints every figure beside its range, and remembers whether one was outside."""
+    """Prints every figure beside its range as a row of a Markdown table, and remembers whether one was outside."""
 
     def __init__(self, title: str):
-        print(title)
-        self.failed = 0
+        self.title, self.failed, self._open = title, 0, False
+
+    def _row(self, *cells: str) -> None:
+        if not self._open:
+            self._open = True
+            print(f"\n| {self.title} | result | expected | |\n| --- | --- | --- | --- |")
+        print(f"| {' | '.join(cell.replace('|', '∣') for cell in cells)} |", flush=True)
 
     def between(self, what: str, value: float, low: float, high: float) -> None:
         """One figure; a NaN is outside of every range."""
         inside = low <= value <= high
         self.failed += not inside
-        print(f"  {'ok  ' if inside else 'FAIL'}  {what}: {value:.6g}, expected {low:.10g} to {high:.10g}", flush=True)
+        expected = f"{low:.10g}" if low == high else f"{low:.10g} to {high:.10g}"
+        self._row(what, f"{value:.4g}", expected, "" if inside else "**outside**")
 
     def report(self, what: str, value: str) -> None:
         """A figure that nothing is claimed about."""
-        print(f"        {what}: {value}", flush=True)
+        self._row(what, value, "–", "")
 
-    def note(self, text: str) -> None:
-        """What a figure does not say."""
-        print(f"  {text}")
-
-    def finish(self) -> None:
-        """Ends the script: exit code 1 where a figure was outside of its range."""
-        print(f"{self.failed} figure(s) outside of the range" if self.failed else "all figures inside of their ranges")
+    def finish(self, text: str) -> None:
+        """Ends the script with what the figures do and do not say; exit code 1 where one was outside of its range."""
+        verdict = f"{self.failed} figure(s) outside of the range" if self.failed else "All figures are inside"
+        print(f"\n{verdict}. {text}")
         sys.exit(1 if self.failed else 0)
 
 
@@ -47,4 +50,4 @@ def save(figure, path: Path) -> None:
     """Writes a picture, and says where."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
-    print(f"  picture: {path}")
+    print(f"\nPicture: {path}")

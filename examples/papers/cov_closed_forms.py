@@ -43,10 +43,8 @@ def main() -> None:
     # After two observations the ratios are 1 and 0.99 (standard deviation 0.005, mean 0.995); 1e-8 floors the other.
     c = math.sqrt(0.005**2 + 1e-8) / 0.995
     expected = 1e-4 / (1e-4 + c)
-    checks.between(
-        "  α of the constant loss at step 2 / its closed form", float(w[2, 0]) / expected, 1 - 1e-9, 1 + 1e-9
-    )
-    checks.between("  α of the constant loss at step 499: the floor of 1e-8", float(w[-1, 0]), 0, 1e-3)
+    checks.between("α of the constant loss at step 2 / its closed form", float(w[2, 0]) / expected, 1 - 1e-9, 1 + 1e-9)
+    checks.between("α of the constant loss at step 499: the floor of 1e-8", float(w[-1, 0]), 0, 1e-3)
 
     shares = []
     for seed in range(args.seeds):
@@ -61,14 +59,13 @@ def main() -> None:
         0.24,
         0.26,
     )
-    checks.between("  and largest (in theory 0.25)", float(share.max()), 0.24, 0.26)
+    checks.between("the same: largest first share (in theory 0.25)", float(share.max()), 0.24, 0.26)
 
     units = torch.tensor([1e-6, 1e6], dtype=torch.float64)
     moved = (weights_over(noisy) - weights_over(noisy * units)).abs().max()
     checks.between("the same losses in other units: largest change of a weight", float(moved), 0, 1e-12)
     total = (weights_over(noisy, CoVWeighting(total="tasks")) - 2 * weights_over(noisy)).abs().max()
     checks.between("total='tasks' is K times total='one': largest difference", float(total), 0, 1e-14)
-    checks.note("Reproduced: what the formulae imply. Not rerun: every figure of the paper's own tables.")
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -82,7 +79,7 @@ def main() -> None:
     for ax in axes:
         ax.legend(frameon=False)
     save(figure, args.output_dir / "cov_closed_forms.png")
-    checks.finish()
+    checks.finish("Reproduced: what the formulae imply. Not rerun: every figure of the paper's own tables.")
 
 
 if __name__ == "__main__":

@@ -104,10 +104,8 @@ def main() -> None:
         at_w = train(GradNorm(alpha=ALPHA), TWO, args.steps, 3e-4, seed)
         at_z = train(GradNorm(alpha=ALPHA), TWO, args.steps, 3e-4, seed, at="z")
         runs.setdefault("two tasks", at_w["weights"])
-        print(
-            f"seed {seed}: Σ test loss / variance: equal {equal['score']:.3f}, at W {at_w['score']:.3f}, "
-            f"at z {at_z['score']:.3f}"
-        )
+        scores = [f"{run['score']:.3f}" for run in (equal, at_w, at_z)]
+        checks.report(f"2 tasks, seed {seed}: Σ test loss / variance, equal, at W, at z", ", ".join(scores))
         for name, run, low, high, error in (("W", at_w, 25, 80, 0.12), ("z", at_z, 80, 160, 0.03)):
             last = run["weights"][-1]
             checks.between(f"2 tasks at {name}, seed {seed}: mean |G_i / (Ḡ r_i^α) − 1|", run["error"], 0, error)
@@ -129,10 +127,6 @@ def main() -> None:
         both = torch.stack([ten["weights"][-1].log(), torch.tensor(TEN).double().log()])
         checks.between("10 tasks: correlation of log w and log σ", float(torch.corrcoef(both)[0, 1]), -1, -0.95)
         checks.between("10 tasks: score / score of equal weights", ten["score"] / equal["score"], 0, 1)
-    checks.note(
-        "Reproduced: the equilibrium that GradNorm is defined by, the order of the weights, the lower test losses."
-    )
-    checks.note("Not reproduced: the paper's curves (no numbers are printed there) and its saturated data.")
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -142,9 +136,12 @@ def main() -> None:
         for k, s in sorted(enumerate(sigma), key=lambda pair: pair[1]):
             ax.plot(weights[:, k], label=f"σ = {s}")
         ax.set(title=name, xlabel="step", ylabel="weight", yscale="log")
-        ax.legend(frameon=False, fontsize="small")
+        ax.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, args.output_dir / "gradnorm_toy.png")
-    checks.finish()
+    checks.finish(
+        "Reproduced: the equilibrium that GradNorm is defined by, the order of the weights, the lower test losses. "
+        "Not reproduced: the paper's curves (no numbers are printed there) and its saturated data."
+    )
 
 
 if __name__ == "__main__":
