@@ -80,7 +80,7 @@ def train(
 
 
 def main() -> None:
-    args = arguments(__doc__, seeds=100, steps=700)
+    args = arguments(__doc__, seeds=100, steps=1500)
     checks = Checks("RotoGrad's toys")
     controls = min(args.seeds, 10)
     methods = {
