@@ -47,6 +47,7 @@ CHANCE = {  # of what begins at a step, or is in it
     "non-finite loss": 0.04,
     "non-finite gradient": 0.04,
     "storm": 0.004,  # more non-finite steps in a row than allowed
+    "resume in a storm": 0.3,
     "task missing on one rank": 0.08,
     "task missing everywhere": 0.05,
     "all tasks missing on one rank": 0.03,
@@ -65,7 +66,8 @@ class Turn:
     Attributes:
         sizes: Rows of every block.
         counted: Whether blocks come with their numbers of rows.
-        bad: `{block: (task, where, value)}`: where is "loss" or "gradient" (at the shared representation).
+        bad: `{block: (task, where, value)}`: where is "loss", "loss alone" (its gradient is finite) or
+            "gradient" (at the shared representation).
         absent: `(block, task)`, said by a count of 0; the loss is NaN then.
         frozen: Whether the step is part of a frozen spell.
         unrecorded: The micro-batch, on all processes, whose backward is asked for with `freeze=True`.
@@ -116,19 +118,20 @@ def script(steps: int, seed: int, ranks: int) -> tuple[list[Turn], Counter[str]]
             storm = LIMIT + rng.randint(1, 2)
         of_one_rank = range(rng.randrange(ranks), blocks, ranks)
         absent: set[tuple[int, str]] = set()
-        for kind, where, tasks in (
+        for kind, missing, tasks in (
             ("task missing on one rank", of_one_rank, 1),
             ("task missing everywhere", range(blocks), rng.randint(1, 2)),
             ("all tasks missing on one rank", of_one_rank, len(TASKS)),
         ):
             if happens(kind):
-                absent |= {(b, task) for task in rng.sample(TASKS, tasks) for b in where}
+                absent |= {(b, task) for task in rng.sample(TASKS, tasks) for b in missing}
         there = [(b, task) for b in range(blocks) for task in TASKS if (b, task) not in absent]
         bad = {}
         for place in ("loss", "gradient"):
             if there and (happens(f"non-finite {place}") or (place == "loss" and storm)):
                 b, task = rng.choice(there)
-                bad[b] = task, place, rng.choice([torch.nan, torch.inf, -torch.inf])
+                where = rng.choice(["loss", "loss alone"]) if place == "loss" else place
+                bad[b] = task, where, rng.choice([torch.nan, torch.inf, -torch.inf])
         interrupted = None
         if happens("exception"):
             m = rng.randrange(micro)
@@ -146,7 +149,7 @@ def script(steps: int, seed: int, ranks: int) -> tuple[list[Turn], Counter[str]]
                 rng.randrange(micro) if happens("frozen micro-batch") else None,
                 rng.randrange(micro) if happens("evaluation") else None,
                 interrupted,
-                happens("resume"),
+                happens("resume") or bool(storm and happens("resume in a storm")),
             )
         )
         counts["frozen step"] += frozen > 0
@@ -216,8 +219,8 @@ class Trainer:
             head.overflows = (name, where) == (task, "gradient")
         outputs = self.model(x)
         losses = task_losses(outputs, y)
-        if where == "loss":
-            losses[task] = losses[task] * value
+        if where in ("loss", "loss alone"):
+            losses[task] = losses[task] * value if where == "loss" else losses[task] + value
         gone = {name for block, name in turn.absent if block == b}
         losses |= {name: losses[name] * torch.nan for name in gone}
         items = dict.fromkeys(losses, len(x)) if turn.counted else {}
@@ -343,6 +346,8 @@ def soak(name: str, steps: int, seed: int, ranks: int, alone: bool, folder: Path
             f"step {turn.step}: not the update of its statistics"
         )
         if statistics is not None:
+            there = [any((b, task) not in turn.absent for b in turn.recorded(ranks)) for task in TASKS]
+            assert (statistics.present.tolist(), statistics.micro_batches) == (there, len(turn.recorded(ranks)))
             assert statistics.norms is not None and statistics.gram is not None
             out.losses[turn.step], out.norms[turn.step] = statistics.losses, statistics.norms
             out.gram[turn.step] = statistics.gram
