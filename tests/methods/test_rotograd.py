@@ -13,7 +13,6 @@ from torch import nn
 from accel_weighting import RotoGrad, RotoGradNorm, Smooth, Weighter
 from accel_weighting.methods.rotograd import haar, orthogonalise, retract, skew
 from accel_weighting.statistics import Statistics
-from tests.scenarios import Net, batch, task_losses
 from tests.unit.small import fake_accelerator
 
 TASKS = ["a", "b", "c"]
@@ -963,31 +962,3 @@ def test_at_a_shared_layer_nothing_can_be_rotated():
     layer = nn.Linear(4, 5)
     with pytest.raises(ValueError, match="acts on the shared representation itself"):
         weighter_for(RotoGrad(), shared_layer=layer)
-
-
-# ---- compiled ------------------------------------------------------------------------------------------------------
-
-
-def rotated_run(backend, checkpoint, size, steps=3):
-    torch.manual_seed(0)
-    model = Net(TASKS, checkpoint).double()
-    weighter = Weighter(RotoGrad(lr=0.5, size=size), TASKS)
-    model.branch = weighter.branch
-    forward = model if backend is None else torch.compile(model, backend=backend, fullgraph=True)
-    for step in range(steps):
-        x, y = batch(step, len(TASKS), torch.float64)
-        weighter.backward(task_losses(forward(x), y))
-    return weighter.rotations, weighter.weights, [p.grad for p in model.parameters()]
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while tracing
-@pytest.mark.parametrize("checkpoint", ["", "join", "join reentrant"])
-@pytest.mark.parametrize("size", [None, 3])
-def test_compiled_rotations_are_one_graph_for_all_steps_and_turn_alike(checkpoint, size):
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = rotated_run("aot_eager", checkpoint, size)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    torch.compiler.reset()
-    torch.testing.assert_close(compiled, rotated_run(None, checkpoint, size), **EXACT)
-    assert (compiled[0]["a"] - torch.eye(size or WIDTH, dtype=torch.float64)).abs().max() > 0.01

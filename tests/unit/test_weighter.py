@@ -846,6 +846,29 @@ def test_row_17_a_fingerprint_changes_with_any_bit(dtype):
     assert torch.equal(fingerprint(x), fingerprint(x.transpose(1, 2).contiguous().transpose(1, 2)))
 
 
+def rotated_run(checkpoint, size, compiled):
+    torch.manual_seed(0)
+    model = Net(TASKS, checkpoint).double()
+    weighter = Weighter(RotoGrad(lr=0.5, size=size), TASKS)
+    model.branch = weighter.branch
+    forward = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    for step in range(3):
+        weighter.backward(losses_of(forward, step))
+    return weighter.rotations, weighter.weights, [p.grad for p in model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while tracing
+@pytest.mark.parametrize("checkpoint", ["", "join", "join reentrant"])
+@pytest.mark.parametrize("size", [None, 3])
+def test_row_33_compiled_rotations_are_one_graph_for_all_steps(checkpoint, size, fresh_compiler):
+    torch._dynamo.utils.counters.clear()
+    compiled = rotated_run(checkpoint, size, compiled=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    eager = rotated_run(checkpoint, size, compiled=False)
+    torch.testing.assert_close(compiled, eager, **EXACT)
+    assert all((R - torch.eye(len(R), dtype=R.dtype)).abs().max() > 0.01 for R in eager[0].values())
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
