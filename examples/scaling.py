@@ -156,7 +156,9 @@ def main() -> None:
     )
     print(
         "| processes | gradients, ms | "
-        + " | ".join(f"{name} ({8 * n / 1e3:,.1f} kB)" for name, n in CASES.items())
+        + " | ".join(
+            f"{name} ({8e-3 * n:.1f} kB)" if n < 1e5 else f"{name} ({8e-6 * n:.1f} MB)" for name, n in CASES.items()
+        )
         + " |"
     )
     print("| - " * (2 + len(CASES)) + "|")
