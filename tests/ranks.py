@@ -236,14 +236,9 @@ def accelerator_for(
         **kwargs: Passed on to `Accelerator`, for example `gradient_accumulation_steps`.
     """
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DistributedDataParallelKwargs
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_"))]:
-        del os.environ[name]  # an Accelerator leaves its settings there for the next
-
+    forget_accelerators()
     if engine == "plain":
         if dist.is_initialized() and dist.get_world_size() > 1:
             raise ValueError(f"plain PyTorch is one process, and here are {dist.get_world_size()}")
@@ -271,6 +266,16 @@ def accelerator_for(
         accelerator.scaler = scaler("cpu", init_scale=loss_scale)
         accelerator.native_amp = True
     return accelerator
+
+
+def forget_accelerators() -> None:
+    """This process has made no `Accelerator` yet; an earlier one left its settings in the environment."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_"))]:
+        del os.environ[name]
 
 
 def _gated(version: int | None, options: dict[str, Any], mesh: dict[str, int], **kwargs: Any) -> Accelerator:

@@ -356,7 +356,8 @@ def retract(R: Tensor, X: Tensor, cayley: bool = False) -> Tensor:
     """
     if cayley:
         I = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)  # noqa: E741  the identity
-        return torch.baddbmm(R, R, torch.linalg.solve(I - X / 2, X))
+        solution, _ = torch.linalg.solve_ex(I - X / 2, X)  # never singular, so that a GPU need not be waited for
+        return torch.baddbmm(R, R, solution)
     Y = torch.bmm(R, X)
     Z = torch.bmm(Y, X)
     return Y.add_(Z, alpha=0.5).baddbmm_(Z, X, alpha=0.125).add_(R)
