@@ -303,9 +303,14 @@ def test_a_refused_construction_leaves_no_hook():
 def test_three_hundred_steps_leave_no_growing_graph(method, lag):
     weighter, model = weighter_and_model(method, lag=lag)
 
-    def tensors():
+    def alive():
         gc.collect()
-        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()) - len(weighter._progress.record._rows)
+        return [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+
+    before = alive()  # held, so that what other tests left is not freed in between
+
+    def tensors():
+        return len(alive()) - len(before) - len(weighter._progress.record._rows)
 
     counts = []
     for step in range(300):
