@@ -32,7 +32,7 @@ from tests.distributed.engines import (
     tolerance,
     without_weighter,
 )
-from tests.ranks import accelerator_for, run_ranks
+from tests.ranks import accelerator_for, forget_accelerators, run_ranks
 from tests.scenarios import Cell, Net, Run, assert_ranks_agree, batch, difference, net, task_losses
 
 GRADNORM = GradNorm(alpha=1.0, lr=0.01)
@@ -331,6 +331,7 @@ def half_precision_of(weighter: Weighter, dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def logged() -> Iterator[list[str]]:
+    forget_accelerators()  # of other tests: a weighter without one would speak of it
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, Smooth, StaticWeighting, Weighter
-from tests.ranks import accelerator_for
+from tests.ranks import accelerator_for, forget_accelerators
 from tests.scenarios import Net, batch, task_losses
 from tests.unit.small import TASKS, fake_accelerator, losses_of, net
 
@@ -637,11 +637,10 @@ def test_static_weights_take_no_others():
 
 
 def test_a_forgotten_accelerator_is_told(caplog):
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerators()
     Weighter(GRADNORM, TASKS)
     assert not caplog.records
     accelerator_for("plain")
     Weighter(GRADNORM, TASKS)
     assert "built without `accelerator=`" in caplog.text
+    forget_accelerators()
