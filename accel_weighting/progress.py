@@ -126,6 +126,11 @@ class Progress:
         same_method = type(self._method).__name__ == saved["method"].partition("(")[0]
         old: State = saved["state"] if same_method else {}
         self.state = {name: _rows_that_fit(v, old[name], rows) if name in old else v for name, v in fresh.items()}
+        if self._method.keeps_sum:  # of its own tasks, not of those that the checkpoint had
+            self.weights = self.weights * (weights.sum() / self.weights.sum())
+            for name, value in fresh.items():
+                if _last(name) == "weights":
+                    self.state[name] = self.state[name] * (value.sum() / self.state[name].sum())
 
 
 def _last(name: str) -> str:

@@ -42,6 +42,18 @@ class Setup:
         rows = self.rows(step, **which)
         return task_losses(self.model(x[rows]), y[rows])
 
+    def steps(self, start: int, stop: int) -> list[list[float]]:
+        """Windows of two micro-batches of every process; the weights after each."""
+        weights = []
+        for step in range(start, stop):
+            for part in range(2):
+                with self.accelerator.accumulate(self.model):
+                    self.weighter.backward(self.losses(step, part=part, parts=2))
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+            weights.append(list(self.weighter.weights.values()))
+        return weights
+
     def step(self, step: int = 0, **arguments: Any) -> dict[str, float]:
         """One window of one micro-batch; the model stays as it is. The weights after it."""
         self.weighter.backward(self.losses(step), **arguments)

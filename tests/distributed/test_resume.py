@@ -33,19 +33,6 @@ def read(folder: Path) -> dict[str, Any]:
     return torch.load(folder / OURS, weights_only=True)
 
 
-def steps(setup: Setup, start: int, stop: int) -> list[list[float]]:
-    """Windows of two micro-batches of every process; the weights after each."""
-    weights = []
-    for step in range(start, stop):
-        for part in range(2):
-            with setup.accelerator.accumulate(setup.model):
-                setup.weighter.backward(setup.losses(step, part=part, parts=2))
-                setup.optimizer.step()
-                setup.optimizer.zero_grad()
-        weights.append(list(setup.weighter.weights.values()))
-    return weights
-
-
 def outcome(setup: Setup, weights: list[list[float]]) -> dict[str, Any]:
     saved = setup.weighter.state_dict()
     return {
@@ -67,14 +54,14 @@ def through_and_resumed(folder: Path) -> dict[Any, Any]:
     for engine, method in CELLS:
         checkpoint = folder / f"{engine} {method}"
         whole = setup_of(engine, method)
-        weights = steps(whole, 0, STEPS)
+        weights = whole.steps(0, STEPS)
         first = setup_of(engine, method)
-        steps(first, 0, SAVE)
+        first.steps(0, SAVE)
         first.accelerator.save_state(str(checkpoint))
         halfway = full_parameters(first.inner, first.model)
         again = setup_of(engine, method, seed=5)
         again.accelerator.load_state(str(checkpoint))
-        resumed = outcome(again, steps(again, SAVE, STEPS))
+        resumed = outcome(again, again.steps(SAVE, STEPS))
         found[engine, method] = outcome(whole, weights), resumed, halfway
     return found
 
@@ -96,7 +83,7 @@ def resumed_elsewhere(folder: Path, halfway: dict[Any, dict[str, Tensor]]) -> di
             setup.weighter.load_state_dict(read(checkpoint))
         else:
             setup.accelerator.load_state(str(checkpoint))
-        found[engine, method] = outcome(setup, steps(setup, SAVE, STEPS))
+        found[engine, method] = outcome(setup, setup.steps(SAVE, STEPS))
     return found
 
 

@@ -566,14 +566,7 @@ def train_on(engine: str, start: int, stop: int, save: Path | None = None, load:
     setup = build(engine, gradient_accumulation_steps=2, seed=0 if load is None else 5)
     if load is not None:
         setup.accelerator.load_state(str(load))
-    weights = []
-    for step in range(start, stop):
-        for part in range(2):
-            with setup.accelerator.accumulate(setup.model):
-                setup.weighter.backward(setup.losses(step, part=part, parts=2))
-                setup.optimizer.step()
-                setup.optimizer.zero_grad()
-        weights.append(list(setup.weighter.weights.values()))
+    weights = setup.steps(start, stop)
     if save is not None:
         setup.accelerator.save_state(str(save))
     return weights, setup.weighter.average_weights, [step for step, _ in setup.weighter.history]

@@ -14,7 +14,18 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
-from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, RotoGrad, Statistics, Weighter
+from accel_weighting import (
+    FAMO,
+    CoVWeighting,
+    DynamicWeightAverage,
+    EqualWeighting,
+    GradNorm,
+    RotoGrad,
+    Smooth,
+    SoftAdapt,
+    Statistics,
+    Weighter,
+)
 from accel_weighting.methods.mgda import MGDA
 from accel_weighting.processes import fingerprint
 from accel_weighting.record import CAPACITY, Record
@@ -167,6 +178,29 @@ def test_average_weights_with_lag_0_are_those_of_the_steps_themselves():
         applied.append(weighter.weights["depth"])  # of the window that has just been, its only micro-batch
     assert len(set(applied)) > 1
     assert weighter.average_weights["depth"] == pytest.approx(sum(applied) / 3, rel=1e-14)
+
+
+KEEP = [GRADNORM, CoVWeighting(), CoVWeighting(total="tasks"), DynamicWeightAverage(), FAMO(), Smooth(SoftAdapt(), 0.5)]
+
+
+@pytest.mark.parametrize("method", KEEP, ids=repr)
+@pytest.mark.parametrize(("before", "after"), [("ab", "acb"), ("abc", "ab")], ids=["a task added", "a task removed"])
+def test_row_27_not_strict_a_method_that_keeps_its_sum_keeps_that_of_its_own_tasks(method, before, after):
+    def weighter_after(tasks, steps, saved=None):
+        model = net(list(tasks))
+        weighter = Weighter(method, list(tasks), heads=dict(model.heads))
+        total = sum(weighter.weights.values())
+        if saved is not None:
+            weighter.load_state_dict(saved, strict=False)
+            assert sum(weighter.weights.values()) == pytest.approx(total, rel=1e-12)
+        for step in range(steps):
+            weighter.backward(losses_of(model, step, len(tasks)))
+        return weighter, total
+
+    old, _ = weighter_after(before, 5)
+    assert len(set(old.weights.values())) > 1
+    again, total = weighter_after(after, 3, old.state_dict())
+    assert sum(again.weights.values()) == pytest.approx(total, rel=1e-12)
 
 
 # ---- what is kept for people -------------------------------------------------------------------------------------
