@@ -53,13 +53,15 @@ def plot_history(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: The history holds nothing of that name.
+        ValueError: The history is empty, or holds nothing of that name.
     """
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError("plot_history needs matplotlib: pip install 'accel-weighting[plot]'.") from error
     entries = list(history)
+    if not entries:
+        raise ValueError("The history is empty: there was no optimizer step yet.")
     tasks = list(dict.fromkeys(n.partition("/")[2] for _, named in entries for n in named if n.startswith("weight/")))
     lines: dict[str, tuple[list[int], list[float]]] = {}
     for step, named in entries:

@@ -55,6 +55,8 @@ def test_a_task_has_one_colour_in_every_picture_even_if_it_comes_late(weighter):
 
 
 def test_a_name_that_the_history_does_not_hold_is_refused(weighter):
+    with pytest.raises(ValueError, match="The history is empty: there was no optimizer step yet"):
+        plot_history([])
     with pytest.raises(ValueError, match=r"holds no `values = 'wieght'`\. Found \['cosine', 'grad_norm', "):
         plot_history(weighter.history, values="wieght")
 
