@@ -562,6 +562,16 @@ def warn_saved_inside_window(blocks: int) -> None:
     )
 
 
+def warn_rotations_left_behind() -> None:
+    """A checkpoint with rotations, loaded loosely by a weighter that has no use for them."""
+    warnings.warn(
+        "The checkpoint holds rotations that this weighter's method does not take up, and the heads were trained "
+        "behind them. To go on from the model as it was, load the checkpoint with its own method first and call "
+        "`fold_rotations()`.",
+        stacklevel=5,
+    )
+
+
 def finite_weights(weights: Tensor, method: Any) -> None:
     """An assertion about ourselves: a method gave finite weights."""
     assert math.isfinite(weights.sum()), f"{method!r} gave weights that are not finite: {weights.tolist()}"

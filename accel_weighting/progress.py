@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -116,21 +117,44 @@ class Progress:
             self.state = {name: value.clone() for name, value in saved["state"].items()}
             self._weight_sum, self._weight_steps = saved["weight_sum"].clone(), saved["weight_steps"]
             return
+        self._take_over(saved)
+
+    def _take_over(self, saved: Mapping[str, Any]) -> None:
+        """What fits of another weighter's state: the rows of these tasks; of a method's own state all or nothing."""
+        method: Any = self._method
         rows = [saved["tasks"].index(task) if task in saved["tasks"] else None for task in self._tasks]
-        weights, fresh = self._method.init(self._tasks, self._initial_weights)
-        self.weights = _rows_that_fit(weights, saved["weights"], rows)
+        weights, fresh = method.init(self._tasks, self._initial_weights)
+        self.weights = _rows_of(saved["weights"], rows, weights)
         if None in rows:  # an average over other steps than the others' would be no average
             self._weight_sum, self._weight_steps = torch.zeros_like(weights), 0
         else:
             self._weight_sum, self._weight_steps = saved["weight_sum"][rows], saved["weight_steps"]
-        same_method = type(self._method).__name__ == saved["method"].partition("(")[0]
-        old: State = saved["state"] if same_method else {}
-        self.state = {name: _rows_that_fit(v, old[name], rows) if name in old else v for name, v in fresh.items()}
-        if self._method.keeps_sum:  # of its own tasks, not of those that the checkpoint had
-            self.weights = self.weights * (weights.sum() / self.weights.sum())
-            for name, value in fresh.items():
-                if _last(name) == "weights":
-                    self.state[name] = self.state[name] * (value.sum() / self.state[name].sum())
+
+        R = next((value for name, value in saved["state"].items() if _last(name) == "rotations"), None)
+        if R is not None:  # the heads were trained behind them, whatever the method
+            if "moments" in method.needs and method.size in (None, R.shape[-1]):
+                fresh = method.widen(fresh, R.shape[-1])
+                fresh |= {n: _rows_of(R, rows, v) for n, v in fresh.items() if _last(n) == "rotations"}
+            else:
+                checks.warn_rotations_left_behind()
+
+        old: State = saved["state"] if _classes(saved["method"]) == _classes(repr(method)) else {}
+        old = {name: value for name, value in old.items() if name in fresh and _last(name) != "rotations"}
+        same_tasks = saved["tasks"] == list(self._tasks)
+        if not all(_fits(value, fresh[name], len(saved["tasks"]), same_tasks) for name, value in old.items()):
+            old = {}
+        self.state = {name: _rows_of(old[name], rows, v) if name in old else v for name, v in fresh.items()}
+
+        if method.keeps_sum:  # that of its own tasks, not of those that the checkpoint had
+            self.weights = _of_the_sum(self.weights, weights)
+            self._weight_sum = _of_the_sum(self._weight_sum, weights * self._weight_steps)
+            for name in (name for name in fresh if _last(name) == "weights"):
+                self.state[name] = _of_the_sum(self.state[name], fresh[name])
+
+
+def _classes(method: str) -> list[str]:
+    """Of a method's text, the names of its class and of those that it wraps."""
+    return re.findall(r"(\w+)\(", method)
 
 
 def _last(name: str) -> str:
@@ -138,13 +162,22 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _rows_that_fit(new: Tensor, old: Tensor, rows: Sequence[int | None]) -> Tensor:
-    """``new`` with the rows of the tasks that ``old`` also had; a tensor that has no row per task as it was."""
-    known = max((row for row in rows if row is not None), default=-1)
-    if old.shape[1:] == new.shape[1:] and old.ndim and len(new) == len(rows) and len(old) > known:
-        new = new.clone()
-        for k, row in enumerate(rows):
-            if row is not None:
-                new[k] = old[row]
-        return new
-    return old.clone() if old.shape == new.shape else new
+def _of_the_sum(kept: Tensor, fresh: Tensor) -> Tensor:
+    """``kept``, scaled to the sum of ``fresh`` if it has another; ``fresh`` where nothing is left, or signs cancel."""
+    size = kept.abs().sum()
+    if (kept.sum() - fresh.sum()).abs() <= 1e-12 * size:
+        return kept
+    return kept * (fresh.sum() / kept.sum()) if kept.sum() > size / 2 else fresh
+
+
+def _fits(old: Tensor, new: Tensor, tasks: int, same_tasks: bool) -> bool:
+    """Whether an entry of a method's state has a row for each of so many ``tasks``, or nothing to do with them."""
+    rows = new.ndim > 0 and len(old) == tasks and old.shape[1:] == new.shape[1:]
+    return rows or (old.shape == new.shape and (same_tasks or new.ndim == 0))
+
+
+def _rows_of(old: Tensor, rows: Sequence[int | None], new: Tensor) -> Tensor:
+    """``new`` with the ``rows`` of ``old``; without rows, ``old``."""
+    if new.ndim == 0 or len(new) != len(rows):
+        return old.clone()
+    return torch.stack([new[k] if row is None else old[row].to(new) for k, row in enumerate(rows)])

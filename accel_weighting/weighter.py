@@ -661,7 +661,9 @@ class Weighter:
 
         Args:
             state: What ``state_dict`` gave.
-            strict: False keeps what fits of a checkpoint with other tasks or another method (a task added, say).
+            strict: False keeps what fits of a checkpoint with other tasks or another method (a task added, say): the
+                weights of the common tasks, their history, the rotations of their heads, and the method's state if all
+                of it fits. Where the method keeps a sum, weights are scaled to that of its own tasks.
 
         Raises:
             ValueError: The state is not a weighter's, or (``strict``) another weighter's; all differences are listed.

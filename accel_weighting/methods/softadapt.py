@@ -68,24 +68,24 @@ class SoftAdapt(Method):
     def init(
         self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Weights 1/K unless ``initial_weights`` say otherwise; an empty window of losses, ``[history + 1, K]``."""
+        """Weights 1/K unless ``initial_weights`` say otherwise; an empty window of losses, ``[K, history + 1]``."""
         weights = initial_vector(tasks, initial_weights, default=1 / len(tasks)).clamp(min=FLOOR)
-        window = torch.zeros(self.history + 1, len(tasks), dtype=torch.float64)
+        window = torch.zeros(len(tasks), self.history + 1, dtype=torch.float64)
         return weights, {"weights": weights, "window": window, "count": torch.zeros_like(weights)}
 
     def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
         """Moves the window of every present task on by one loss, and weights by the slopes of the full ones."""
         L, present = statistics.losses, statistics.present
-        window = torch.where(present, torch.cat([state["window"][1:], L[None]]), state["window"])
+        window = torch.where(present[:, None], torch.cat([state["window"][:, 1:], L[:, None]], 1), state["window"])
         count = state["count"] + present
         ready = present & (count > self.history)
 
-        s = (window[-1] - window[0]) / self.history
+        s = (window[:, -1] - window[:, 0]) / self.history
         if self.variant == "normalized":
             s = s / s.where(ready, 0.0).abs().sum().clamp(min=TINY)
         scores = self.beta * s
         if self.variant == "loss_weighted":
-            scores = scores + window.mean(0).clamp(min=TINY).log()
+            scores = scores + window.mean(1).clamp(min=TINY).log()
         weights = share(state["weights"], scores.where(ready, -math.inf).softmax(0), ready)
         return weights, {"weights": weights, "window": window, "count": count}
 

@@ -92,13 +92,13 @@ class TorchJDWeighting(Method):
             weights = initial_vector(tasks, initial_weights)
         fresh = _tensors(self.weighting)
         changed = {key: v for key, v in after.items() if key not in fresh or not torch.equal(v, fresh[key])}
-        empty = {f"memory.{key}": torch.zeros_like(value) for key, value in changed.items()}
+        empty = {f"memory.{key}": torch.zeros_like(value)[None] for key, value in changed.items()}  # no row per task
         return weights, {"weights": weights, "counter": torch.tensor(1), "started": torch.tensor(False), **empty}
 
     def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
         """Calls a copy of the weighting that remembers what the state says."""
         K, rows, started = len(statistics.present), statistics.present.nonzero()[:, 0], bool(state["started"])
-        old = {key.removeprefix("memory."): value for key, value in state.items() if key.startswith("memory.")}
+        old = {key.removeprefix("memory."): value[0] for key, value in state.items() if key.startswith("memory.")}
         new: State = {}
 
         def solve(M: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class TorchJDWeighting(Method):
             for key, value in old.items():
                 kept = value.clone()
                 kept[_index(kept, K, rows)] = new[key]
-                next_state[f"memory.{key}"] = kept
+                next_state[f"memory.{key}"] = kept[None]
             next_state["started"] = torch.tensor(True)
         return weights, {**next_state, "weights": weights}
 

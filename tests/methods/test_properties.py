@@ -44,6 +44,7 @@ from accel_weighting import (
     UncertaintyWeighting,
     Warmup,
 )
+from accel_weighting.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -267,6 +268,54 @@ def test_what_should_not_matter_does_not(row, run, seed, exponent):
     if row.symmetric:
         for w in follow(row, run.at([0, 0, *range(1, K)])):
             torch.testing.assert_close(w[0], w[1], rtol=row.rtol, atol=row.rtol)
+
+
+@rows
+@examples
+@given(run=runs(), seed=st.integers(0, 1000))
+def test_row_27_a_checkpoint_goes_on_under_another_order_of_the_tasks(row, run, seed):
+    """Loaded with ``strict=False``: every part of the state follows its task."""
+    K, half = len(run.tasks), len(run.losses) // 2
+    order = torch.randperm(K, generator=torch.Generator().manual_seed(seed)).tolist()
+    before = Progress(row.build(run.tasks), run.tasks, None)
+    for statistics in run.windows()[:half]:
+        before.update(statistics)
+    after = Progress(row.build(run.tasks), [run.tasks[k] for k in order], None)
+    after.load_state_dict(before.state_dict(), strict=False)
+    close(row, [after.weights], [before.weights[order]])
+    for name, value in after.state.items():
+        assert value.shape == before.state[name].shape
+    if row.equivariant:
+        for statistics, permuted in zip(run.windows()[half:], run.at(order).windows()[half:], strict=True):
+            before.update(statistics)
+            after.update(permuted)
+            close(row, [after.weights], [before.weights[order]])
+
+
+@rows
+@examples
+@given(run=runs(), seed=st.integers(0, 1000))
+def test_row_27_a_checkpoint_of_more_or_fewer_tasks_keeps_what_the_method_promises(row, run, seed):
+    K, half = len(run.tasks), len(run.losses) // 2
+    for old in (run.at(list(range(1 + seed % K))), run.at([*range(K), *[0] * (1 + seed % 3)])):
+        before = Progress(row.build(old.tasks), old.tasks, None)
+        for statistics in old.windows()[:half]:
+            before.update(statistics)
+        after = Progress(row.build(run.tasks), run.tasks, None)
+        after.load_state_dict(before.state_dict(), strict=False)
+        check_weights(row, after.weights, K)
+        for statistics in run.windows()[half:]:
+            after.update(statistics)
+            check_weights(row, after.weights, K)
+
+
+@rows
+def test_every_entry_of_a_state_has_a_row_per_task_or_none_of_its_own(row):
+    """What ``strict=False`` goes by."""
+    for K in (3, 5):
+        tasks = [f"task {i}" for i in range(K)]
+        for name, value in row.build(tasks).init(tasks)[1].items():
+            assert value.ndim == 0 or len(value) in (1, K), name
 
 
 @rows

@@ -166,10 +166,11 @@ def test_an_absent_task_keeps_its_part_of_the_memory(name):
     assert memory and bool(state["started"])
     moved = False
     for key in memory:
-        assert new[key].shape == state[key].shape
-        if new[key].ndim:
-            assert torch.equal(new[key][~rows], state[key][~rows])
-            moved |= not torch.equal(new[key], state[key])
+        before, after = state[key][0], new[key][0]
+        assert after.shape == before.shape
+        if after.ndim:
+            assert torch.equal(after[~rows], before[~rows])
+            moved |= not torch.equal(after, before)
     assert moved
 
 
@@ -177,10 +178,10 @@ def test_memory_of_the_present_tasks_moves_as_if_the_others_did_not_exist():
     rows = torch.tensor([True, False, True, True])
     method = TorchJDWeighting(tj.CRMOGMWeighting(tj.MeanWeighting(), alpha=0.75))
     _, state = method.init(list("abcd"))
-    state = {**state, "started": torch.tensor(True), "memory._lambda": torch.arange(4.0).double()}
+    state = {**state, "started": torch.tensor(True), "memory._lambda": torch.arange(4.0).double()[None]}
     weights, new = method.update(state, window(gram(2), rows.tolist()))
     torch.testing.assert_close(weights[rows], 0.75 * torch.tensor([0.0, 2.0, 3.0]).double() + 0.25 / 3)
-    assert torch.equal(new["memory._lambda"][rows], weights[rows]) and new["memory._lambda"][1] == 1
+    assert torch.equal(new["memory._lambda"][0, rows], weights[rows]) and new["memory._lambda"][0, 1] == 1
 
 
 @pytest.mark.parametrize("name", STATEFUL)
@@ -261,11 +262,11 @@ def test_tensors_of_any_kind_are_remembered():
     _, state = method.init(list("abc"))
     conflict = torch.tensor([[1.0, -0.5, 0.5], [-0.5, 1.0, 0.5], [0.5, 0.5, 1.0]]).double()
     _, state = method.update(state, window(torch.eye(3).double()))
-    assert state["memory.conflicts"].tolist() == [0, 0, 0]
+    assert state["memory.conflicts"].tolist() == [[0, 0, 0]]
     weights, state = method.update(state, window(conflict))
     assert weights.tolist() == [2, 2, 0]
     weights, state = method.update(state, window(conflict, [True, True, False]))
-    assert weights.tolist() == [6, 6, 0] and state["memory.conflicts"].tolist() == [2, 2, 0]
+    assert weights.tolist() == [6, 6, 0] and state["memory.conflicts"].tolist() == [[2, 2, 0]]
 
 
 def test_an_answer_that_is_not_finite_leaves_the_weights_as_they_were():

@@ -21,6 +21,7 @@ from accel_weighting import (
     EqualWeighting,
     GradNorm,
     RotoGrad,
+    RotoGradNorm,
     Smooth,
     SoftAdapt,
     Statistics,
@@ -999,7 +1000,7 @@ def test_row_27_a_task_added_keeps_what_fits():
     larger = net(tasks)
     again = Weighter(GRADNORM, tasks, heads=dict(larger.heads))
     again.load_state_dict(through_a_file(saved), strict=False)
-    assert {task: again.weights[task] for task in TASKS} == weighter.weights and again.weights["normals"] == 1
+    assert again.weights == {**weighter.weights, "normals": 1}
     for name in ("initial_losses", "adam_mean"):
         new, old = again.state_dict()["state"][name], saved["state"][name]
         assert torch.equal(new[[2, 0]], old) and new[1] == 0
@@ -1021,8 +1022,7 @@ def test_row_27_a_task_gone_keeps_what_fits():
     one = net(["seg"])
     again = Weighter(GRADNORM, ["seg"], heads=dict(one.heads))
     again.load_state_dict(weighter.state_dict(), strict=False)
-    assert again.weights["seg"] == weighter.weights["seg"]
-    assert again.average_weights["seg"] == weighter.average_weights["seg"]
+    assert again.weights == {"seg": 1} and again.average_weights == {"seg": 1}  # the sum of one task's
     mine = {name for name in weighter.history[0][1] if "depth" not in name}
     assert again.history == [(0, {name: x for name, x in weighter.history[0][1].items() if name in mine})]
     again.backward(losses_of(one, tasks=1))
@@ -1038,9 +1038,68 @@ def test_row_27_another_method_keeps_weights_averages_and_history():
     assert again.history == weighter.history and again.average_weights == weighter.average_weights
     other, twin = weighter_and_model(CoVWeighting(total="tasks"))
     other.load_state_dict(weighter.state_dict(), strict=False)
-    assert other.state_dict()["state"]["count"].eq(0).all() and other.weights == weighter.weights
+    assert other.state_dict()["state"]["count"].eq(0).all()
+    assert other.weights == weighter.weights
     assert other.history == weighter.history and other.average_weights == weighter.average_weights
     other.backward(losses_of(twin))
+
+
+def test_row_27_a_state_that_fits_in_part_is_left_whole():
+    """A window of another length, an inner method of another kind: half of a state would be a wrong one."""
+    for before, after in (
+        (SoftAdapt(history=1), SoftAdapt(history=3)),
+        (Smooth(DynamicWeightAverage(), 0.5), Smooth(CoVWeighting(total="tasks"), 0.5)),
+    ):
+        weighter, model = weighter_and_model(before)
+        for step in range(3):
+            weighter.backward(losses_of(model, step))
+        again, _ = weighter_and_model(after)
+        fresh = again.state_dict()["state"]
+        again.load_state_dict(weighter.state_dict(), strict=False)
+        assert again.weights == weighter.weights
+        assert all(torch.equal(value, fresh[name]) for name, value in again.state_dict()["state"].items())
+
+
+def test_row_27_weights_of_which_nothing_is_left_begin_anew():
+    """MGDA's, where the one task of all weight is gone."""
+    weighter, _ = weighter_and_model(MGDA())
+    saved = weighter.state_dict()
+    saved["weights"] = saved["state"]["weights"] = torch.tensor([1.0, 0.0]).double()
+    tasks = ["seg", "normals", "edges"]
+    again = Weighter(MGDA(), tasks, heads=dict(net(tasks).heads))
+    again.load_state_dict(saved, strict=False)
+    assert again.weights == pytest.approx({"seg": 0, "normals": 1 / 2, "edges": 1 / 2}, rel=1e-15)
+    again = Weighter(MGDA(), ["seg"], heads=dict(net(["seg"]).heads))
+    again.load_state_dict(saved, strict=False)
+    assert again.weights == {"seg": 1}
+
+
+@pytest.mark.parametrize("method", [RotoGrad(lr=0.01), RotoGradNorm(alpha=1.0), Smooth(RotoGrad(), 0.5)], ids=repr)
+def test_row_27_rotations_stay_with_their_heads(method):
+    """Heads were trained behind them: they outlive a change of hyperparameters, of the tasks, and of the method."""
+    weighter, model = weighter_and_model(RotoGrad(lr=0.05))
+    for step in range(3):
+        weighter.backward(losses_of(model, step))
+    saved = through_a_file(weighter.state_dict())
+    tasks = ["seg", "normals", "depth"]
+    larger = net(tasks)
+    again = Weighter(method, tasks, heads=dict(larger.heads))
+    again.load_state_dict(saved, strict=False)
+    R, width = again.rotations, len(weighter.rotations["seg"])
+    assert not torch.equal(R["seg"], torch.eye(width).to(R["seg"]))
+    assert all(torch.equal(R[task].float(), weighter.rotations[task].float()) for task in TASKS)
+    assert torch.equal(R["normals"], torch.eye(width).to(R["seg"]))
+    again.backward(losses_of(larger, 3, tasks=3))
+
+
+@pytest.mark.parametrize("method", [GRADNORM, RotoGrad(rotate=False), RotoGrad(size=2)], ids=repr)
+def test_row_27_rotations_that_are_left_behind_are_named(method):
+    weighter, model = weighter_and_model(RotoGrad())
+    weighter.backward(losses_of(model))
+    again, twin = weighter_and_model(method)
+    with pytest.warns(UserWarning, match=r"holds rotations that this weighter's method does not take up.*fold_rotat"):
+        again.load_state_dict(weighter.state_dict(), strict=False)
+    again.backward(losses_of(twin))
 
 
 def test_row_24_saving_inside_a_window_warns():
