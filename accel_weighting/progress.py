@@ -26,6 +26,7 @@ class Progress:
         method: The weighting method.
         tasks: Task names.
         initial_weights: ``{task: weight}``, or None.
+        settings: What else a checkpoint has to agree in.
 
     Attributes:
         step: Optimizer steps taken.
@@ -37,8 +38,15 @@ class Progress:
         record: What is kept for people.
     """
 
-    def __init__(self, method: Method, tasks: Sequence[str], initial_weights: Mapping[str, float] | None) -> None:
-        self._method, self._tasks, self._initial_weights = method, tuple(tasks), initial_weights
+    def __init__(
+        self, method: Method, tasks: Sequence[str], initial_weights: Mapping[str, float] | None, **settings: Any
+    ) -> None:
+        self._method, self._tasks, self._initial_weights, self._settings = (
+            method,
+            tuple(tasks),
+            initial_weights,
+            settings,
+        )
         self.step = self.held = self.skipped = 0
         self.frozen = False
         self.weights, self.state = method.init(tasks, initial_weights)
@@ -83,14 +91,15 @@ class Progress:
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
-    def _identity(self) -> dict[str, Any]:
-        return {"version": VERSION, "tasks": list(self._tasks), "method": repr(self._method)}
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint has to agree in."""
+        return {"version": VERSION, "tasks": list(self._tasks), "method": repr(self._method), **self._settings}
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs."""
         return {
             "kind": KIND,
-            **self._identity(),
+            **self.identity(),
             "step": self.step,
             "weights": self.weights.clone(),
             "state": {name: value.clone() for name, value in self.state.items()},
@@ -106,7 +115,7 @@ class Progress:
         """Takes up what ``state_dict`` gave; see ``Weighter.load_state_dict``."""
         if not isinstance(saved, Mapping) or saved.get("kind") != KIND:
             raise checks.not_our_state(saved)
-        differences = {name: (saved.get(name), here) for name, here in self._identity().items()}
+        differences = {name: (saved.get(name), here) for name, here in self.identity().items()}
         differences = {name: (old, here) for name, (old, here) in differences.items() if old != here}
         if differences and (strict or "version" in differences):
             raise checks.other_checkpoint(differences)

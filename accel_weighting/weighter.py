@@ -89,7 +89,6 @@ class Weighter:
         self.max_skipped_steps = checks.at_least("max_skipped_steps", max_skipped_steps, 0)
         self._caps = checks.positive_by_task("max_losses", max_losses, self.tasks)
         start = checks.positive_by_task("initial_weights", initial_weights, self.tasks)
-        self._progress = Progress(method, self.tasks, start or None)
         if accelerator is not None:
             checks.uneven_inputs(accelerator)
         self._processes = Processes(accelerator, process_group)
@@ -106,6 +105,14 @@ class Weighter:
         if layer is not None and (self._rotates or self.lag == 0):
             raise checks.shared_layer_cannot_rotate(repr(method)) if self._rotates else checks.shared_layer_at_lag_0()
         self._window = Window(len(self.tasks), None if layer is None else (layer.out_features, layer.in_features))
+        self._progress = Progress(
+            method,
+            self.tasks,
+            start or None,
+            lag=self.lag,
+            update_every=self.update_every,
+            shared_layer=self._window.matrices,
+        )
         self._branch = Branch(
             self.tasks,
             self._window.add,
@@ -353,14 +360,10 @@ class Weighter:
 
     def _settings(self) -> dict[str, Any]:
         return {
-            "tasks": list(self.tasks),
-            "method": repr(self.method),
-            "lag": self.lag,
-            "update_every": self.update_every,
+            **self._progress.identity(),
             "update_after": self.update_after,
             "max_losses": self._caps,
             "max_skipped_steps": self.max_skipped_steps,
-            "shared_layer": self._window.matrices,
         }
 
     @torch.inference_mode(False)  # what is kept from here must be of use in training
@@ -666,7 +669,8 @@ class Weighter:
                 of it fits. Where the method keeps a sum, weights are scaled to that of its own tasks.
 
         Raises:
-            ValueError: The state is not a weighter's, or (``strict``) another weighter's; all differences are listed.
+            ValueError: The state is not a weighter's, or (``strict``) another weighter's: all differences in the tasks,
+                the method, ``lag``, ``update_every`` and ``shared_layer`` are listed.
         """
         self._progress.load_state_dict(state, strict)
         self._pending = None

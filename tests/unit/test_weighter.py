@@ -984,6 +984,30 @@ def test_row_27_another_weighters_checkpoint_is_refused_with_all_differences():
         other.load_state_dict({**other.state_dict(), "version": 99}, strict=False)
 
 
+@pytest.mark.parametrize(
+    ("method", "setting", "text"),
+    [
+        (MGDA(), {"lag": 0}, "lag: 1 in the checkpoint, 0 here"),
+        (GRADNORM, {"update_every": 3}, "update_every: 1 in the checkpoint, 3 here"),
+        (GRADNORM, {"shared_layer": "shared"}, r"shared_layer: None in the checkpoint, \(\d, \d\) here"),
+    ],
+    ids=["lag", "update_every", "shared_layer"],
+)
+def test_row_27_settings_of_the_weighter_that_move_the_weights_are_compared_too(method, setting, text):
+    weighter, model = weighter_and_model(method)
+    for step in range(3):
+        weighter.backward(losses_of(model, step))
+    model = net()
+    again = Weighter(method, TASKS, heads=dict(model.heads), model=model, **setting)
+    with pytest.raises(ValueError, match=f"Differences: {next(iter(setting))}\\.\n  {text}\n"):
+        again.load_state_dict(weighter.state_dict())
+    again.load_state_dict(weighter.state_dict(), strict=False)
+    assert again.weights == weighter.weights and again.average_weights == weighter.average_weights
+    assert all(torch.equal(v, again.state_dict()["state"][n]) for n, v in weighter.state_dict()["state"].items())
+    free, _ = weighter_and_model(method, update_after=7, max_losses={"seg": 3.0}, max_skipped_steps=1)
+    free.load_state_dict(weighter.state_dict())
+
+
 @pytest.mark.parametrize("state", [{}, {"kind": "other", "params": 1}, None, [1]], ids=str)
 def test_row_28_something_else_is_refused(state):
     weighter, _ = weighter_and_model()
