@@ -148,12 +148,16 @@ class Progress:
                 checks.warn_rotations_left_behind()
 
         old: State = saved["state"] if _classes(saved["method"]) == _classes(repr(method)) else {}
-        old = {name: value for name, value in old.items() if name in fresh and _last(name) != "rotations"}
+        old = {
+            name: value for name, value in old.items() if name in fresh and _last(name) not in ("rotations", "fixed")
+        }
         same_tasks = saved["tasks"] == list(self._tasks)
         if not all(_fits(value, fresh[name], len(saved["tasks"]), same_tasks) for name, value in old.items()):
             old = {}
         self.state = {name: _rows_of(old[name], rows, v) if name in old else v for name, v in fresh.items()}
 
+        if "fixed" in fresh:
+            self.weights = weights
         if method.keeps_sum:  # that of its own tasks, not of those that the checkpoint had
             self.weights = _of_the_sum(self.weights, weights)
             self._weight_sum = _of_the_sum(self._weight_sum, weights * self._weight_steps)

@@ -17,6 +17,7 @@ State = dict[str, Tensor]
 """What a method keeps between two updates: a flat dictionary of tensors, float64 on the CPU unless said otherwise.
 
 Task k's share of an entry is its row k; what has nothing to do with single tasks is a scalar, or ``[1, ...]``.
+``"fixed"`` is what follows from the hyperparameters alone: no checkpoint of others changes it.
 """
 
 

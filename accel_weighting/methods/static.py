@@ -77,8 +77,8 @@ class StaticWeighting(Method):
         w = initial_vector(tasks, self.weights)
         if initial_weights is not None and not torch.equal(initial_vector(tasks, initial_weights), w):
             raise ValueError("`StaticWeighting` has its own weights: give it none in `initial_weights`.")
-        return w, {"weights": w}
+        return w, {"fixed": w}
 
     def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
         """The same weights."""
-        return state["weights"], state
+        return state["fixed"], state

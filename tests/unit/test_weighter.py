@@ -24,6 +24,7 @@ from accel_weighting import (
     RotoGradNorm,
     Smooth,
     SoftAdapt,
+    StaticWeighting,
     Statistics,
     Weighter,
 )
@@ -1083,6 +1084,20 @@ def test_row_27_a_state_that_fits_in_part_is_left_whole():
         again.load_state_dict(weighter.state_dict(), strict=False)
         assert again.weights == weighter.weights
         assert all(torch.equal(value, fresh[name]) for name, value in again.state_dict()["state"].items())
+
+
+def test_row_27_weights_that_the_user_gives_are_not_taken_from_a_checkpoint():
+    weighter, model = weighter_and_model(StaticWeighting({"depth": 1.0, "seg": 2.0}))
+    weighter.backward(losses_of(model))
+    for method in (
+        StaticWeighting({"depth": 5.0, "seg": 0.5}),
+        Smooth(StaticWeighting({"depth": 5.0, "seg": 0.5}), 0.0),
+    ):
+        again, model = weighter_and_model(method)
+        again.load_state_dict(weighter.state_dict(), strict=False)
+        again.backward(losses_of(model))
+        again.backward(losses_of(model))
+        assert again.weights == {"depth": 5.0, "seg": 0.5}
 
 
 def test_row_27_weights_of_which_nothing_is_left_begin_anew():
