@@ -26,7 +26,6 @@ class Progress:
         method: The weighting method.
         tasks: Task names.
         initial_weights: ``{task: weight}``, or None.
-        settings: What else a checkpoint has to agree in.
 
     Attributes:
         step: Optimizer steps taken.
@@ -38,15 +37,8 @@ class Progress:
         record: What is kept for people.
     """
 
-    def __init__(
-        self, method: Method, tasks: Sequence[str], initial_weights: Mapping[str, float] | None, **settings: Any
-    ) -> None:
-        self._method, self._tasks, self._initial_weights, self._settings = (
-            method,
-            tuple(tasks),
-            initial_weights,
-            settings,
-        )
+    def __init__(self, method: Method, tasks: Sequence[str], initial_weights: Mapping[str, float] | None) -> None:
+        self._method, self._tasks, self._initial_weights = method, tuple(tasks), initial_weights
         self.step = self.held = self.skipped = 0
         self.frozen = False
         self.weights, self.state = method.init(tasks, initial_weights)
@@ -91,15 +83,14 @@ class Progress:
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint has to agree in."""
-        return {"version": VERSION, "tasks": list(self._tasks), "method": repr(self._method), **self._settings}
+    def _identity(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {"version": VERSION, "tasks": list(self._tasks), "method": repr(self._method), **settings}
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resume needs."""
+    def state_dict(self, **settings: Any) -> dict[str, Any]:
+        """All that a resume needs, and the ``settings`` that it has to agree in."""
         return {
             "kind": KIND,
-            **self.identity(),
+            **self._identity(settings),
             "step": self.step,
             "weights": self.weights.clone(),
             "state": {name: value.clone() for name, value in self.state.items()},
@@ -111,11 +102,11 @@ class Progress:
             "record": self.record.state_dict(),
         }
 
-    def load_state_dict(self, saved: Mapping[str, Any], strict: bool) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any], strict: bool, **settings: Any) -> None:
         """Takes up what ``state_dict`` gave; see ``Weighter.load_state_dict``."""
         if not isinstance(saved, Mapping) or saved.get("kind") != KIND:
             raise checks.not_our_state(saved)
-        differences = {name: (saved.get(name), here) for name, here in self.identity().items()}
+        differences = {name: (saved.get(name), here) for name, here in self._identity(settings).items()}
         differences = {name: (old, here) for name, (old, here) in differences.items() if old != here}
         if differences and (strict or "version" in differences):
             raise checks.other_checkpoint(differences)
@@ -143,21 +134,21 @@ class Progress:
         if R is not None:  # the heads were trained behind them, whatever the method
             if "moments" in method.needs and method.size in (None, R.shape[-1]):
                 fresh = method.widen(fresh, R.shape[-1])
-                fresh |= {n: _rows_of(R, rows, v) for n, v in fresh.items() if _last(n) == "rotations"}
+                fresh |= {name: _rows_of(R, rows, v) for name, v in fresh.items() if _last(name) == "rotations"}
             else:
                 checks.warn_rotations_left_behind()
 
-        old: State = saved["state"] if _classes(saved["method"]) == _classes(repr(method)) else {}
-        old = {
-            name: value for name, value in old.items() if name in fresh and _last(name) not in ("rotations", "fixed")
-        }
+        old: State = {}
+        if _classes(saved["method"]) == _classes(repr(method)):
+            names = {name for name in fresh.keys() & saved["state"].keys() if _last(name) not in ("rotations", "fixed")}
+            old = {name: saved["state"][name] for name in names}
         same_tasks = saved["tasks"] == list(self._tasks)
         if not all(_fits(value, fresh[name], len(saved["tasks"]), same_tasks) for name, value in old.items()):
             old = {}
         self.state = {name: _rows_of(old[name], rows, v) if name in old else v for name, v in fresh.items()}
-
         if "fixed" in fresh:
             self.weights = weights
+
         if method.keeps_sum:  # that of its own tasks, not of those that the checkpoint had
             self.weights = _of_the_sum(self.weights, weights)
             self._weight_sum = _of_the_sum(self._weight_sum, weights * self._weight_steps)

@@ -89,6 +89,7 @@ class Weighter:
         self.max_skipped_steps = checks.at_least("max_skipped_steps", max_skipped_steps, 0)
         self._caps = checks.positive_by_task("max_losses", max_losses, self.tasks)
         start = checks.positive_by_task("initial_weights", initial_weights, self.tasks)
+        self._progress = Progress(method, self.tasks, start or None)
         if accelerator is not None:
             checks.uneven_inputs(accelerator)
         self._processes = Processes(accelerator, process_group)
@@ -105,14 +106,6 @@ class Weighter:
         if layer is not None and (self._rotates or self.lag == 0):
             raise checks.shared_layer_cannot_rotate(repr(method)) if self._rotates else checks.shared_layer_at_lag_0()
         self._window = Window(len(self.tasks), None if layer is None else (layer.out_features, layer.in_features))
-        self._progress = Progress(
-            method,
-            self.tasks,
-            start or None,
-            lag=self.lag,
-            update_every=self.update_every,
-            shared_layer=self._window.matrices,
-        )
         self._branch = Branch(
             self.tasks,
             self._window.add,
@@ -360,11 +353,17 @@ class Weighter:
 
     def _settings(self) -> dict[str, Any]:
         return {
-            **self._progress.identity(),
+            "tasks": list(self.tasks),
+            "method": repr(self.method),
+            **self._resumed_settings(),
             "update_after": self.update_after,
             "max_losses": self._caps,
             "max_skipped_steps": self.max_skipped_steps,
         }
+
+    def _resumed_settings(self) -> dict[str, Any]:
+        """Those that a checkpoint has to agree in; the others are bounds."""
+        return {"lag": self.lag, "update_every": self.update_every, "shared_layer": self._window.matrices}
 
     @torch.inference_mode(False)  # what is kept from here must be of use in training
     def _finish(self) -> None:
@@ -657,7 +656,7 @@ class Weighter:
         self._finish()
         if self._window.blocks and self._processes.rank == 0:
             checks.warn_saved_inside_window(self._window.blocks)
-        return self._progress.state_dict()
+        return self._progress.state_dict(**self._resumed_settings())
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Takes up a saved state.
@@ -672,7 +671,7 @@ class Weighter:
             ValueError: The state is not a weighter's, or (``strict``) another weighter's: all differences in the tasks,
                 the method, ``lag``, ``update_every`` and ``shared_layer`` are listed.
         """
-        self._progress.load_state_dict(state, strict)
+        self._progress.load_state_dict(state, strict, **self._resumed_settings())
         self._pending = None
         self.reset()
         self._statistics = None

@@ -68,27 +68,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--dataset_config", help="its configuration, where it has several")
     data.add_argument("--text", default="text", help="column of texts, or of lists of words (default: text)")
-    data.add_argument(
-        "--classification",
-        nargs="*",
-        default=["topic"],
-        metavar="COLUMN",
-        help="columns of classes, a task each; without a name: none (default: topic)",
-    )
-    data.add_argument(
-        "--regression",
-        nargs="*",
-        default=["rating"],
-        metavar="COLUMN",
-        help="columns of numbers, a task each; without a name: none (default: rating)",
-    )
-    data.add_argument(
-        "--tagging",
-        nargs="*",
-        default=["tags"],
-        metavar="COLUMN",
-        help="columns of a class per word, a task each; without a name: none (default: tags)",
-    )
+    for kind, column, what in (
+        ("classification", "topic", "classes"),
+        ("regression", "rating", "numbers"),
+        ("tagging", "tags", "a class per word"),
+    ):
+        data.add_argument(
+            f"--{kind}",
+            nargs="*",
+            default=[column],
+            metavar="COLUMN",
+            help=f"columns of {what}, a task each; without a name: none (default: {column})",
+        )
     data.add_argument("--max_length", type=int, default=128, help="in tokens (default: 128)")
     data.add_argument("--lora", action="store_true", help="train low-rank adapters of the encoder only, with PEFT")
 

@@ -1006,6 +1006,9 @@ def test_row_27_settings_of_the_weighter_that_move_the_weights_are_compared_too(
     again.load_state_dict(weighter.state_dict(), strict=False)
     assert again.weights == weighter.weights and again.average_weights == weighter.average_weights
     assert all(torch.equal(v, again.state_dict()["state"][n]) for n, v in weighter.state_dict()["state"].items())
+    weighter.update_every = 5  # as it is when it is saved
+    assert weighter.state_dict()["update_every"] == 5
+    weighter.update_every = 1
     free, _ = weighter_and_model(method, update_after=7, max_losses={"seg": 3.0}, max_skipped_steps=1)
     free.load_state_dict(weighter.state_dict())
 
