@@ -9,6 +9,7 @@ over many cells.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import math
 import multiprocessing
@@ -77,8 +78,10 @@ def run_ranks(fn: Callable[..., Any], world: int, tmp_path: Path | str, *args: A
         if verdict is None:
             return [message[1] for message in messages]
         for process in processes:  # the story of those that wait, before they are killed
+            # It may be gone already, and its exit code still on the way here from the fork server.
             if process.exitcode is None:
-                os.kill(process.pid, signal.SIGUSR1)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGUSR1)
         time.sleep(PATIENCE)
         raise RanksFailed("\n".join([verdict, *_details(messages, folder)]))
     finally:
