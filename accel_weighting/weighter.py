@@ -128,6 +128,7 @@ class Weighter:
         self._folded = False
         self._open: list[Block] = []  # micro-batches since the last step, recorded or not
         self._due = False
+        self._counts = False  # whether some micro-batch of the window was not frozen
         self._expected: set[int] = set()  # tasks whose gradient must come to the branch in this window
         self._arrived: set[int] = set()
         self._reached: set[int] = set()  # tasks whose gradient has come to the branch in an earlier window
@@ -227,6 +228,7 @@ class Weighter:
             return total
 
         self._due = self._sync
+        self._counts |= self._unfrozen and not freeze
         block = Block(
             present,
             scale=None if counts is None else 1 / self._on_device(torch.tensor(counts).clamp(min=1), v),
@@ -260,7 +262,7 @@ class Weighter:
         self._finish()
         try:
             self._check_that_losses_reached_the_branch()
-            if self._unfrozen and self.lag:
+            if self._counts and (self.lag or not self._window.blocks):
                 self._progress.count_weights()
             if self._window.blocks:
                 payload = self._window.pack(self._branch.split)
@@ -268,7 +270,7 @@ class Weighter:
                 step = self._progress.step
                 self._pending = self._processes.sum(payload, signature, self._window.condense, step, rotations), step
             else:
-                self._see(self._progress.step, None)
+                self._progress.see(self._progress.step, None)
             self._progress.step += 1
         finally:
             self.reset()
@@ -284,6 +286,7 @@ class Weighter:
             block.record = False  # its backward may yet come, and belongs to no later window
         self._open = []
         self._due = False
+        self._counts = False
         self._expected = set()
         self._arrived = set()
 
@@ -391,8 +394,8 @@ class Weighter:
         return None
 
     def _see(self, step: int, statistics: Statistics | None) -> None:
-        """A step ended. With ``lag=0`` its own weights are those of the update that has just been."""
-        if self._unfrozen and self.lag == 0:
+        """A measured step ended. With ``lag=0`` its own weights are those of the update that has just been."""
+        if self.lag == 0:
             self._progress.count_weights()
         self._progress.see(step, statistics)
 
@@ -602,7 +605,7 @@ class Weighter:
 
     @property
     def average_weights(self) -> dict[str, float]:
-        """Weights averaged over the steps taken unfrozen, for a retrain with static weights (GradNorm Static)."""
+        """Weights averaged over the steps that were not wholly frozen, for a static retrain (GradNorm Static)."""
         self._finish()
         return dict(zip(self.tasks, self._progress.average_weights.tolist(), strict=True))
 

@@ -148,6 +148,7 @@ class Model:
     blocks: list[Block] = field(default_factory=list)
     open: int = 0
     due: bool = False
+    counts: bool = False  # whether some micro-batch of this window was not frozen
     attached: bool = True
     came: set[str] = field(default_factory=set)  # tasks whose gradient has come to the branch in this window
     reached: set[str] = field(default_factory=set)  # and in an earlier one
@@ -165,7 +166,8 @@ class Model:
         return bool(self.method.needs & {"norms", "gram", "moments"})
 
     def reset(self) -> None:
-        self.window, self.blocks, self.open, self.due, self.came = self.window + 1, [], 0, False, set()
+        self.window, self.blocks, self.open, self.came = self.window + 1, [], 0, set()
+        self.due = self.counts = False
 
     def freeze(self) -> None:
         self.reset()
@@ -211,10 +213,10 @@ class Model:
             self.reset()
 
     def _verdict(self, weighter: Weighter) -> Error | None:
-        if self.lag == 1:
+        if self.counts and (self.lag == 1 or not self.blocks):
             self._average()
         if not self.blocks:
-            self._see(self.step)
+            self.history.append(self.step)
         self.step += 1
         blocks, step = self.blocks, self.step - 1
         if not blocks:
@@ -249,8 +251,7 @@ class Model:
         self.history.append(step)
 
     def _average(self) -> None:
-        if self.unfrozen:
-            self.sum, self.unfrozen_steps = self.sum + self.weights, self.unfrozen_steps + 1
+        self.sum, self.unfrozen_steps = self.sum + self.weights, self.unfrozen_steps + 1
 
 
 class Calls(RuleBasedStateMachine):
@@ -313,6 +314,7 @@ class Calls(RuleBasedStateMachine):
         """What `combine` leaves in the model."""
         self.model.open += 1
         self.model.due = self.sync
+        self.model.counts |= self.model.unfrozen and not request.freeze
         there = torch.tensor([task in request.present for task in TASKS])
         sign = torch.tensor([-1.0 if request.fault == ("negative", task) else 1.0 for task in TASKS]).double()
         block = Block(

@@ -172,6 +172,20 @@ def test_average_weights_are_those_that_were_applied_in_the_unfrozen_steps():
     assert len(set(applied)) == 4
 
 
+@pytest.mark.parametrize(("method", "options"), [(GRADNORM, {"update_every": 2}), (MGDA(), {"lag": 0})])
+def test_a_step_whose_every_micro_batch_was_frozen_does_not_count_in_the_average(method, options):
+    weighter, model = weighter_and_model(method, **options)
+    applied = []
+    for step in range(6):
+        before = weighter.weights["depth"]
+        frozen = step in (1, 4)
+        weighter.backward(losses_of(model, step), freeze=frozen)
+        if not frozen:
+            applied.append(before if weighter.lag else weighter.weights["depth"])
+    assert len(set(applied)) > 1
+    assert weighter.average_weights["depth"] == pytest.approx(sum(applied) / 4, rel=1e-14)
+
+
 def test_average_weights_with_lag_0_are_those_of_the_steps_themselves():
     weighter, model = weighter_and_model(MGDA(), lag=0)
     applied = []
