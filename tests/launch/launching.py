@@ -18,6 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+ON_TWO_PROCESSES = [*ACCELERATE, "--config_file", "launch_configs/cpu_2.yaml"]
 History = list[tuple[int, dict[str, float]]]
 MINUTES = 240.0  # a launch takes ten seconds on a machine of its own
 
@@ -88,6 +89,12 @@ class Launched:
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.output[-4000:]}"
             assert time.monotonic() < deadline, f"not after {seconds:.0f} s: {what}:\n{self.output[-4000:]}"
             time.sleep(0.05)
+
+
+def run_to_end(*command: object, **env: str) -> tuple[int, str]:
+    """Exit code and output of a command that ends by itself."""
+    with Launched([str(word) for word in command], env) as one:
+        return one.wait()
 
 
 def family(pid: int) -> list[int]:

@@ -1,30 +1,24 @@
 """The comparison with a tiny budget: what it writes, and that a kill costs no finished run."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.launch.launching import Launched
+
 TINY = ["--methods", "equal,static,rotograd,config", "--seeds", "0,1", "--lrs", "1e-3,1e-2", "--steps", "3"]
 RUNS = (1 + 4 + 1 + 1) * 2 * 2
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen:
-    """The example in a session of its own, so that its workers can be killed with it."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environ = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(folder)}
+def start(folder: Path, *options: str) -> Launched:
     command = [sys.executable, "examples/compare_methods.py", "--output_dir", str(folder), *TINY, *options]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, cwd=ROOT, env=environ, text=True, start_new_session=True, **pipes)
+    return Launched(command, {"MPLCONFIGDIR": str(folder)})
 
 
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
+def finish(folder: Path) -> str:
+    with start(folder, "--workers", "1") as sweep:
+        code, output = sweep.wait()
+    assert code == 0, output
     return output
 
 
@@ -34,18 +28,16 @@ def lines(folder: Path) -> list[str]:
 
 
 def test_a_killed_comparison_goes_on_where_it_was(tmp_path):
-    process = start(tmp_path, "--workers", "2")
-    deadline = time.monotonic() + 200
-    while len(lines(tmp_path)) < 3 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    output, _ = process.communicate()
+    with start(tmp_path, "--workers", "2") as sweep:
+        sweep.wait_until(lambda: len(lines(tmp_path)) > 3, "three runs are in")
+        sweep.kill()
+        output = sweep.output
     before = [line for line in lines(tmp_path) if line.endswith("\n")]
-    assert 3 <= len(before) < RUNS, output
+    assert len(before) < RUNS, output
     with (tmp_path / "runs.jsonl").open("a") as file:
         file.write(before[0][:40])  # killed in the middle of a line
 
-    output = finish(start(tmp_path, "--workers", "1"))
+    output = finish(tmp_path)
     assert f"{len(before)} of {RUNS} runs are in" in output
     after = lines(tmp_path)
     assert after[: len(before)] == before, "a finished run was made again"
@@ -59,11 +51,11 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path):
     assert next(line for line in table if line.startswith("| equal")).split("|")[7].strip().startswith("+0.0 ± ")
     assert (tmp_path / "compare_methods.png").read_bytes().startswith(b"\x89PNG")
 
-    assert finish(start(tmp_path, "--workers", "1")).splitlines()[-len(table) - 1 : -1] == table
+    assert finish(tmp_path).splitlines()[-len(table) - 1 : -1] == table
     assert lines(tmp_path) == after, "nothing was left to do"
 
 
 def test_an_unknown_method_is_named(tmp_path):
-    process = start(tmp_path, "--methods", "equal,gradnrom")
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 2 and "unknown ['gradnrom']" in output
+    with start(tmp_path, "--methods", "equal,gradnrom") as sweep:
+        code, output = sweep.wait()
+    assert code == 2 and "unknown ['gradnrom']" in output

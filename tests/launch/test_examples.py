@@ -1,30 +1,18 @@
 """The examples' documented commands, really launched on two processes, with tiny budgets."""
 
 import json
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-def launch(script, *options, timeout=300):
-    """`accelerate launch … examples/SCRIPT.py --cpu` with `options`; its exit code and its output."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch_configs/cpu_2.yaml"]
-    command += [f"examples/{script}.py", "--cpu", *map(str, options)]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environ = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environ, text=True, capture_output=True, timeout=timeout)
-    return done.returncode, done.stdout + done.stderr
+from tests.launch.launching import ON_TWO_PROCESSES, ROOT, run_to_end
 
 
 def train(script, folder, *options):
     """A short run that must go well; the output and the results it wrote."""
-    code, output = launch(script, "--output_dir", folder, *options)
+    command = (*ON_TWO_PROCESSES, f"examples/{script}.py", "--cpu", "--output_dir", folder, *options)
+    code, output = run_to_end(*command, HF_HUB_OFFLINE="1")
     assert code == 0, output
     assert "Processes: 2 (MULTI_CPU)" in output
     assert (folder / f"{script}.png").read_bytes().startswith(b"\x89PNG")
@@ -130,26 +118,19 @@ def test_multi_loss_with_two_weighters(tmp_path):
 
 @pytest.mark.parametrize("script", ["finetune_text", "finetune_trainer", "multi_loss"])
 def test_help_shows_the_command_and_the_defaults(script):
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, f"examples/{script}.py", "--help"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "120"},
-        text=True,
-        capture_output=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"accelerate launch --config_file launch_configs/cpu_2.yaml examples/{script}.py --cpu" in done.stdout
-    assert f"(default: runs/{script})" in done.stdout
-    assert "weighting method (default:" in done.stdout
+    code, output = run_to_end(sys.executable, f"examples/{script}.py", "--help", COLUMNS="120")
+    assert code == 0, output
+    assert f"accelerate launch --config_file launch_configs/cpu_2.yaml examples/{script}.py --cpu" in output
+    assert f"(default: runs/{script})" in output
+    assert "weighting method (default:" in output
 
 
 def test_the_sentences_are_what_their_script_makes(tmp_path):
     folder = ROOT / "examples" / "data"
     copy = tmp_path / "make_sentences.py"
     copy.write_text((folder / "make_sentences.py").read_text())
-    subprocess.run([sys.executable, str(copy)], check=True, timeout=60)
+    code, output = run_to_end(sys.executable, copy)
+    assert code == 0, output
     shipped = sorted((folder / "sentences").iterdir())
     assert [file.name for file in shipped] == ["test.jsonl", "train.jsonl"]
     assert sum(file.stat().st_size for file in shipped) < 300_000

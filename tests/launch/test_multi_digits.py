@@ -1,32 +1,21 @@
 """The README's command, really launched. No exit code alone is a verdict: the runs say how many processes they had."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
 
-from tests.launch.launching import ACCELERATE, ROOT, Launched, assert_same_history
+from tests.launch.launching import ACCELERATE, ON_TWO_PROCESSES, Launched, assert_same_history, run_to_end
 
 TASKS = ["left", "right", "sum", "parity", "pixels"]
 
 
-def run(*command):
-    """Exit code and output of a command."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environ = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environ, text=True, capture_output=True, timeout=120)
-    return done.returncode, done.stdout + done.stderr
-
-
 def launch(*options):
     """`accelerate launch … examples/multi_digits.py` with `options`; its exit code and its output."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch_configs/cpu_2.yaml"]
-    return run(*launcher, "examples/multi_digits.py", *options)
+    return run_to_end(*ON_TWO_PROCESSES, "examples/multi_digits.py", *options)
 
 
 def train(folder, *options):
@@ -73,10 +62,9 @@ def test_row_25_a_run_killed_inside_a_save_ends_where_the_uninterrupted_one_does
     checkpoints = tmp_path / "checkpoints"
     options = ["--method", "gradnorm", "--accumulation", "2", "--checkpoint_dir", str(checkpoints), "--steps", "9"]
     options += ["--cpu", "--batch_size", "64", "--save_every", "2", "--output_dir", str(tmp_path)]
-    flags = ["--config_file", "launch_configs/cpu_2.yaml"]
-    with Launched([*ACCELERATE, *flags, "tests/launch/stuck_save.py", *options]) as run:
-        run.wait_until(lambda: "half written" in run.output, "a checkpoint is half written")
-        run.kill()
+    with Launched([*ON_TWO_PROCESSES, "tests/launch/stuck_save.py", *options]) as job:
+        job.wait_until(lambda: "half written" in job.output, "a checkpoint is half written")
+        job.kill()
     left = {path.name for path in (checkpoints / "gradnorm").iterdir()}
     assert left == {"step_000002", "partial"}
     with pytest.raises(RuntimeError):
@@ -89,13 +77,31 @@ def test_row_25_a_run_killed_inside_a_save_ends_where_the_uninterrupted_one_does
         assert resumed["runs"]["gradnorm"][what] == whole["runs"]["gradnorm"][what]
 
 
-def test_two_processes_and_two_micro_batches_give_the_weights_of_one_process_on_the_whole_batch(comparison, tmp_path):
-    options = ("--cpu", "--batch_size", 64, "--compare", "equal,gradnorm,cov", "--steps", 9, "--output_dir", tmp_path)
-    code, output = run(sys.executable, "examples/multi_digits.py", *options)
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """What one process on the whole batch recorded, by method."""
+    folder = tmp_path_factory.mktemp("one_process")
+    options = ("--cpu", "--batch_size", 64, "--compare", "equal,gradnorm,cov", "--steps", 9, "--output_dir", folder)
+    code, output = run_to_end(sys.executable, "examples/multi_digits.py", *options)
     assert code == 0 and "Processes: 1 (NO)" in output, output
-    one = json.loads((tmp_path / "multi_digits.json").read_text())["runs"]
+    return json.loads((folder / "multi_digits.json").read_text())["runs"]
+
+
+def test_two_processes_and_two_micro_batches_give_the_weights_of_one_process(comparison, one_process):
     for method, cut in comparison[1]["runs"].items():
-        assert_same_history(cut["history"], one[method]["history"])
+        assert_same_history(cut["history"], one_process[method]["history"])
+
+
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_under_deepspeed_they_do_too(config, one_process, tmp_path):
+    pytest.importorskip("deepspeed")
+    flags = ("--config_file", f"launch_configs/{config}.yaml", "--num_processes", 2, "--mixed_precision", "no")
+    options = ("--cpu", "--batch_size", 64, "--accumulation", 2, "--compare", "equal,gradnorm,cov", "--steps", 9)
+    command = (*flags, "--gradient_clipping", 1e9, "examples/multi_digits.py", *options, "--output_dir", tmp_path)
+    code, output = run_to_end(*ACCELERATE, *command)
+    assert code == 0 and "Processes: 2 (DEEPSPEED)" in output, output
+    for method, cut in json.loads((tmp_path / "multi_digits.json").read_text())["runs"].items():
+        assert_same_history(cut["history"], one_process[method]["history"])
 
 
 def test_a_batch_that_cannot_be_cut_evenly_is_refused(tmp_path):

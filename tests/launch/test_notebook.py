@@ -1,13 +1,10 @@
 """Launched from a notebook: `notebook_launcher` in one process, `debug_launcher` on two."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.launch.launching import run_to_end
 
 CELLS = """
 import torch
@@ -45,8 +42,6 @@ def training_function():
 def test_a_training_function_runs_from_a_notebook(tmp_path, launcher, processes):
     script = tmp_path / "cells.py"  # in a process of its own: launchers fork, which a process that trained must not
     script.write_text(CELLS.format(launcher=launcher, processes=processes))
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environ = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(script)], env=environ, text=True, capture_output=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"{processes} processes, {processes} blocks") == processes, done.stdout
+    code, output = run_to_end(sys.executable, script)
+    assert code == 0, output
+    assert output.count(f"{processes} processes, {processes} blocks") == processes, output
