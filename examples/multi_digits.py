@@ -7,8 +7,9 @@ and how many pixels are active. The losses differ in kind and in size, and so do
     accelerate launch --config_file launch_configs/cpu_2.yaml examples/multi_digits.py --cpu
 
 The batch of an optimizer step is `--batch_size` pairs, however many processes and micro-batches it is cut into, on one
-machine or on several, under DDP or FSDP: the weights are the same. With `--compare equal,gradnorm,cov` it trains once
-with each. Prints a table and writes `multi_digits.json` and `multi_digits.png` to `--output_dir`.
+machine or on several, under DDP, FSDP or (without its clipping) DeepSpeed: the weights are the same. With
+`--compare equal,gradnorm,cov` it trains once with each. Prints a table and writes `multi_digits.json` and
+`multi_digits.png` to `--output_dir`.
 """
 
 import argparse

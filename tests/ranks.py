@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import math
 import multiprocessing
+import multiprocessing.context
+import multiprocessing.forkserver
 import os
 import pickle
 import random
@@ -26,6 +29,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist  # noqa: TID251  a harness for processes has to make them
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
 GRACE = 2.0  # seconds that the other processes get to tell their side once one has failed
 PATIENCE = 0.5  # seconds that a waiting process gets to write down where it waits
 LOG_LINES = 60
+PRELOADED = ("torch", "torch._dynamo", "torch.distributed.fsdp", "accelerate", "deepspeed", "transformers")
 
 
 class RanksFailed(AssertionError):
@@ -54,8 +59,7 @@ def run_ranks(fn: Callable[..., Any], world: int, tmp_path: Path | str, *args: A
     Raises:
         RanksFailed: If a process raised, died or still waited.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "accelerate"])
+    context = _fork_server()
     folder = Path(tempfile.mkdtemp(prefix="ranks-", dir=tmp_path))
     payload = pickle.dumps((fn, args))  # by value: a tensor must not outlive its process as a shared-memory handle
     processes, connections = [], []
@@ -90,6 +94,16 @@ def run_ranks(fn: Callable[..., Any], world: int, tmp_path: Path | str, *args: A
             process.join()
         for connection in connections:
             connection.close()
+
+
+@functools.cache
+def _fork_server() -> multiprocessing.context.ForkServerContext:
+    """All processes are forked from one that has done the imports: they would take each a second, DeepSpeed's two."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    with patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}):  # DeepSpeed looks when imported
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 def _listen(connections: list[Connection], deadline: float) -> list[tuple[str, Any] | None]:

@@ -699,6 +699,10 @@ def test_row_14_joined_uneven_inputs_are_refused_at_once_on_all_processes(waitin
         assert lengths == ("MULTI_GPU", 3)  # evened out, the same context is of no consequence
 
 
+KEPT: list[Setup] = []
+"""DDP's destructor holds the GIL while it waits for gloo's threads, one of which may want it: torch's own deadlock."""
+
+
 def under_ddp(freeze: bool) -> Any:
     """Process 1 has one batch less, or is frozen: DDP's own sum and ours wait for different things."""
     setup = build()
@@ -714,6 +718,7 @@ def under_ddp(freeze: bool) -> Any:
         found = (*timed(lambda: [setup.step(step) for step in (2, 3)]), setup.weighter.weights == start)
         dist.distributed_c10d._get_default_store().set("done", "")
     dist.destroy_process_group()
+    KEPT.append(setup)
     return found
 
 
