@@ -256,8 +256,8 @@ class Replay:
             self.state = self.method.widen(self.state, WIDTH)
         self.sum, self.steps = torch.zeros_like(self.weights), 0
 
-    def follow(self, turn: Turn, statistics: Statistics | None) -> None:
-        if not turn.frozen:
+    def follow(self, recorded: bool, statistics: Statistics | None) -> None:
+        if recorded:
             self.sum, self.steps = self.sum + self.weights, self.steps + 1
         if statistics is not None:
             self.weights, self.state = self.method.update(self.state, statistics)
@@ -340,7 +340,7 @@ def soak(name: str, steps: int, seed: int, ranks: int, alone: bool, folder: Path
 
         statistics = weighter.statistics if recorded and not held else None
         assert statistics is None or statistics.step == turn.step, f"step {turn.step} was held and should not have been"
-        replay.follow(turn, statistics)
+        replay.follow(recorded, statistics)
         out.weights[turn.step] = torch.tensor(list(weighter.weights.values()), dtype=torch.float64)
         assert torch.equal(out.weights[turn.step], replay.weights), (
             f"step {turn.step}: not the update of its statistics"
