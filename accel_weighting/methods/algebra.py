@@ -122,15 +122,22 @@ def equal_projections(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def increasing_root(f: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, tolerance: Tensor) -> Tensor:
     """Where ``f``, increasing and at most 0 at ``low``, is 0 up to ``tolerance``; ``high`` where it is nowhere above 0.
 
-    Regula falsi in the Illinois variant: a few steps where f is piecewise linear.
+    Both ends are only as exact as rounding lets them be: an end where ``f`` is 0 up to the tolerance is the answer, and
+    so is the low end where ``f`` is already above 0 there. Regula falsi in the Illinois variant: a few steps where f is
+    piecewise linear.
     """
-    below, above, x, last = f(low), f(high), high, 0 * low
-    for _ in range(60 if above > 0 else 0):
+    below, above, last = f(low), f(high), 0 * low
+    if below >= -tolerance:
+        return low
+    if above <= tolerance:
+        return high
+    x = low
+    for _ in range(60):  # above - below > 2 tolerance: no division by 0
         x = high - above * (high - low) / (above - below)
         y = f(x)
         if y.abs() <= tolerance:
             break
-        again = y * last > 0  # twice on the same side: give the other end less to say
+        again = y * last > 0  # the same side twice: halve the other end's value (the Illinois step)
         last = y
         if y > 0:
             high, above, below = x, y, below / 2 if again else below

@@ -300,6 +300,16 @@ def test_mgda_by_hand():
     torch.testing.assert_close(weights, vector(1 / 3, 1 / 3, 1 / 3))
 
 
+@pytest.mark.parametrize("c", [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("K", [2, 3, 4, 8])
+def test_cagrad_takes_coinciding_gradients(K: int, c: float) -> None:
+    """Both ends of the interval of its root then coincide up to rounding, on some processors exactly."""
+    for seed in range(20):
+        row = torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        weights = answer(CAGrad(c=c), gram(row.repeat(K, 1)))
+        torch.testing.assert_close(weights, torch.full((K,), (1 + c) / K, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("method", [MGDA(), CAGrad()], ids=ids)
 @pytest.mark.parametrize("case", ["duplicates", "all equal", "opposite in pairs"])
 def test_equal_tasks_get_equal_weights(method, case):
