@@ -1,13 +1,14 @@
-"""The join: one alias of the shared representation per task, whose gradients meet, apart, in the one backward.
+"""The branch point: one alias of the shared representation per task, whose gradients arrive apart in the one backward.
 
 The only place that knows autograd. In a forward the shared representation ``z`` is divided into one alias per task (a
-view, no copy). In the one backward every task's gradient arrives at its own alias; they meet in one opaque operator,
-which measures them and hands their sum on to the trunk. What arrives at the vector of losses in the same backward,
-``c = weight · loss scale / accumulation``, tells by how much the gradients were multiplied on the way.
+view, no copy). In the one backward every task's gradient arrives at its own alias; where they come together, the
+*join*, they are measured, and their sum goes on to the trunk. What arrives at the vector of losses in the same
+backward, ``c = weight · loss scale / accumulation``, tells by how much the gradients were multiplied on the way.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import re
@@ -22,71 +23,67 @@ from torch.autograd import Variable
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from . import checks
-
-SMALL = 1 << 16
-"""Elements up to which a tensor's kernel costs more to start than to run, about."""
-
-CHUNK = 1 << 20
-"""Elements per task that are gathered at once: bounds the memory of the products whatever the size of z."""
+from . import checks, measure
+from .rotations import Rotations
+from .window import MicroBatch
 
 _BRANCHES: weakref.WeakValueDictionary[int, Branch] = weakref.WeakValueDictionary()
 _KEYS = itertools.count()
 
 
+# ---- the join ----------------------------------------------------------------------------------------------------
+
+
 @torch.library.custom_op(
-    "accel_weighting::meet",
+    "accel_weighting::collect",
     mutates_args=(),
     schema="(Tensor?[] gradients, Tensor? inputs, Tensor? mask, int key) -> Tensor",
 )
-def _meet(gradients: list[Tensor | None], inputs: Tensor | None, mask: Tensor | None, key: int) -> Tensor:
-    """The gradients of one join meet. Opaque, so that torch.compile sees no side effect and breaks no graph."""
-    branch = _BRANCHES.get(key)
-    arrived = [g for g in gradients if g is not None]
-    with torch.autocast(arrived[0].device.type, enabled=False):
-        if branch is not None:
-            shared = branch.meet(gradients, inputs, mask)
-            if shared is not None:
-                return shared
-        return _sum(arrived)
+def _collect(gradients: list[Tensor | None], inputs: Tensor | None, mask: Tensor | None, key: int) -> Tensor:
+    """``_collect_eagerly`` for the compiler: opaque, so that it sees no side effect and breaks no graph."""
+    return _collect_eagerly(gradients, inputs, mask, key)
 
 
-@_meet.register_fake
+@_collect.register_fake
 def _(gradients: list[Tensor | None], inputs: Tensor | None, mask: Tensor | None, key: int) -> Tensor:
     return torch.empty_like(next(g for g in gradients if g is not None))
+
+
+def _collect_eagerly(
+    gradients: Sequence[Tensor | None], inputs: Tensor | None, mask: Tensor | None, key: int
+) -> Tensor:
+    """The gradients of one join: they are measured where a micro-batch's backward runs, and summed."""
+    branch = _BRANCHES.get(key)
+    arrived = [g for g in gradients if g is not None]
+    with _without_autocast(arrived[0].device.type):
+        total = None if branch is None else branch.collect(gradients, inputs, mask)
+        return measure.weighted_sum(arrived) if total is None else total
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 @torch.library.custom_op("accel_weighting::rotation", mutates_args=(), schema="(Tensor z, int key, int k) -> Tensor")
 def _rotation(z: Tensor, key: int, k: int) -> Tensor:
     """A copy of R_k. Opaque too, since the method moves the rotations at the first use after a step."""
-    rotation = _BRANCHES[key].rotation
-    assert rotation is not None
-    return rotation.matrices(z)[k].clone()
+    rotations = _BRANCHES[key].rotations
+    assert rotations is not None
+    return rotations.matrices(z)[k].clone()
 
 
 @_rotation.register_fake
 def _(z: Tensor, key: int, k: int) -> Tensor:
-    rotation = _BRANCHES[key].rotation
-    assert rotation is not None
-    m = rotation.size or z.shape[rotation.dim]
+    rotations = _BRANCHES[key].rotations
+    assert rotations is not None
+    m = rotations.size or z.shape[rotations.dim]
     return z.new_empty(m, m, dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
 
 
-def _sum(gradients: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
-    """A fresh sum: one kernel on a stack of small tensors, one pass over each where memory is what takes the time."""
-    first = gradients[0]
-    w = None if weights is None else weights.to(first.dtype)
-    if first.numel() <= SMALL:
-        V = torch.stack(tuple(gradients))
-        return (V if w is None else V * w.view(-1, *(1,) * first.ndim)).sum(0)
-    total = first.clone() if w is None else first * w[0]
-    for k, g in enumerate(gradients[1:], 1):
-        total = total.add_(g) if w is None else total.addcmul_(g, w[k])
-    return total
-
-
 class _Join(torch.autograd.Function):
-    """``z`` to one alias per task; backward is the one operator above."""
+    """``z`` to one alias per task; in the backward all their gradients come together."""
 
     @staticmethod
     def forward(
@@ -103,11 +100,15 @@ class _Join(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(g is None for g in gradients):
             return (None,) * 5
-        saved = ctx.saved_tensors if ctx.saves else (None, None)
-        return torch.ops.accel_weighting.meet(list(gradients), *saved, ctx.key), None, None, None, None
+        inputs, mask = ctx.saved_tensors if ctx.saves else (None, None)
+        if torch.compiler.is_compiling():
+            total = torch.ops.accel_weighting.collect(list(gradients), inputs, mask, ctx.key)
+        else:
+            total = _collect_eagerly(gradients, inputs, mask, ctx.key)
+        return total, None, None, None, None
 
 
-class _Nothing(torch.autograd.Function):
+class _ZeroWithGraph(torch.autograd.Function):
     """A zero that sends zeros back, whatever the values: keeps a head in the graph when its task has no samples."""
 
     @staticmethod
@@ -120,76 +121,13 @@ class _Nothing(torch.autograd.Function):
         return tuple(torch.zeros_like(output) for output in ctx.saved_tensors)
 
 
-def nothing(outputs: Sequence[Tensor]) -> Tensor:
+def zero_with_graph(outputs: Sequence[Tensor]) -> Tensor:
     """A scalar 0 that depends on ``outputs``, each of which gets a gradient of zeros."""
-    return _Nothing.apply(*outputs)
+    zero: Tensor = _ZeroWithGraph.apply(*outputs)  # type: ignore[no-untyped-call]
+    return zero
 
 
-@dataclass
-class Block:
-    """One micro-batch, from ``combine`` to the end of its backward.
-
-    Attributes:
-        present: Indices of the tasks that are in it.
-        scale: What every task's gradient is divided by besides its factor, ``[K]`` (the reciprocal of its number of
-            items), or None.
-        shared_weights: Weights on the shared path, ``[K]`` on the device, or None where weights act on the losses.
-        decide: Gives ``shared_weights`` from the Gram matrix of this very backward (``lag=0``), or None.
-        record: Whether the statistics take it in.
-        factors: ``c``, ``[K]``, once the backward has begun.
-        arrived: Tasks whose gradient came to a join, in this micro-batch or an earlier one of the window.
-        met: Whether gradients have met in this very backward.
-    """
-
-    present: frozenset[int]
-    scale: Tensor | None = None
-    shared_weights: Tensor | None = None
-    decide: Callable[[Tensor], Tensor] | None = None
-    record: bool = True
-    factors: Tensor | None = None
-    arrived: set[int] = field(default_factory=set)
-    met: bool = False
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """Every head's own rotation of the shared representation.
-
-    Attributes:
-        matrices: ``[K, m, m]`` on the device of the z it is given.
-        dim: The dimension of z that holds the features; the first m of them are rotated.
-        cooperative: Whether the moments of gradients and features are wanted too.
-        size: m, where it is not all of them.
-    """
-
-    matrices: Callable[[Tensor], Tensor]
-    dim: int = -1
-    cooperative: bool = False
-    size: int | None = None
-
-
-def rotated(z: Tensor, R: Tensor, dim: int = -1) -> Tensor:
-    """``R z``: the first m features, along ``dim``, turned by ``R``, ``[m, m]``."""
-    m, x = len(R), z.movedim(dim, -1)
-    turned = x[..., :m] @ R.to(z.dtype).T
-    if m < x.shape[-1]:
-        turned = torch.cat([turned, x[..., m:]], -1)
-    return turned.movedim(-1, dim)
-
-
-@dataclass
-class _Forward:
-    """The join that the heads of one forward share."""
-
-    z: Tensor
-    aliases: tuple[Tensor, ...]
-    graph_task: int
-    taken: set[int] = field(default_factory=set)
-
-
-def _graph_task() -> int:
-    """Which backward is running: a recomputed forward (activation checkpointing) must not meet the next real one."""
-    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+# ---- which tensors are one ---------------------------------------------------------------------------------------
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -222,50 +160,77 @@ def _viewed(x: Tensor) -> tuple[Any, int]:
     return node, output
 
 
+def _graph_task() -> int:
+    """Which backward is running: a recomputed forward (activation checkpointing) must not meet the next real one."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+@dataclass
+class _Forward:
+    """The join that the heads of one forward share."""
+
+    z: Tensor
+    aliases: tuple[Tensor, ...]
+    graph_task: int
+    taken: set[int] = field(default_factory=set)
+
+
+class _Pass:
+    """One backward of a micro-batch. Autograd holds it for as long as that backward runs, and nobody else does."""
+
+    def __init__(self, micro_batch: MicroBatch, ended: Callable[[MicroBatch], None]) -> None:
+        self.micro_batch = micro_batch
+        self._ended = ended
+
+    def __call__(self) -> None:
+        self._ended(self.micro_batch)
+
+
 class Branch:
-    """The branch point: divides z, meets the gradients, and gives what it measured to ``sink``.
+    """The branch point: divides z, and gives what the gradients came to to the window that they belong to.
 
     Args:
         tasks: Task names.
-        sink: Called as ``sink(name, tensor)`` with every sum over rows that a backward measured: ``"gram"`` ``[K, K]``,
-            or, with a shared layer, ``"matrices"`` ``[K, out, in]``; with rotations, also ``"moments"``
-            ``[K(K−1)/2, m, m]``: ``G_kᵀ G_j``, k < j, and after them, where cooperative, ``G_kᵀ Z`` of every task. All
-            are free of the factors.
         find_heads: Gives the heads' modules in task order; None where the model calls ``branch`` itself. It is asked
             again when the hooks move, since an engine may have replaced a module.
         find_shared_layer: Likewise the ``nn.Linear`` whose output is the branch point, or None.
-        rotation: The heads' rotations, or None.
+        rotations: The heads' rotations, or None.
+
+    Attributes:
+        frozen_trunk: Whether z came without a graph.
     """
 
     def __init__(
         self,
         tasks: Sequence[str],
-        sink: Callable[[str, Tensor], None],
         find_heads: Callable[[], Sequence[nn.Module]] | None = None,
         find_shared_layer: Callable[[], nn.Linear] | None = None,
-        rotation: Rotation | None = None,
+        rotations: Rotations | None = None,
     ) -> None:
         self.tasks = tuple(tasks)
-        self.split = False  # heads of one forward were fed different tensors: only norms are known
-        self.frozen_trunk = False  # z came without a graph
-        self.armed: Block | None = None
-        self._sink = sink
+        self.frozen_trunk = False
         self.find_heads = find_heads
         self._find_shared_layer = find_shared_layer
-        self.rotation = rotation
+        self.rotations = rotations
+        self._pass: weakref.ref[_Pass] | None = None
         self._forward: _Forward | None = None
         self._layer: tuple[Tensor, Tensor] | None = None
-        self._outputs: dict[int, list[Tensor]] = {}
+        self._outputs: dict[int, Any] = {}
         self._handles: list[RemovableHandle] = []
         self._key = next(_KEYS)
         _BRANCHES[self._key] = self
 
     def __deepcopy__(self, memo: Any) -> Branch:
-        """The same: a copy of a model (an average, a teacher) sees the rotations of now, and no second weighter."""
+        """Returns self: a copied model (an average, a teacher) keeps using this branch and its current rotations."""
         return self
 
     def __reduce__(self) -> Any:
         raise checks.hooks_are_not_pickled()
+
+    @property
+    def heads(self) -> Sequence[nn.Module]:
+        """The heads' modules in task order; none where the model calls ``branch`` itself."""
+        return () if self.find_heads is None else self.find_heads()
 
     # ---- hooks -------------------------------------------------------------------------------------------------
 
@@ -278,7 +243,7 @@ class Branch:
         self.detach()
         if self._find_shared_layer is not None:
             self._handles.append(self._find_shared_layer().register_forward_hook(self._after_layer))
-        for k, head in enumerate(self.find_heads() if self.find_heads is not None else ()):
+        for k, head in enumerate(self.heads):
             self._handles += (
                 head.register_forward_pre_hook(functools.partial(self._before_head, k), prepend=True, with_kwargs=True),
                 head.register_forward_hook(functools.partial(self._after_head, k)),
@@ -323,7 +288,7 @@ class Branch:
 
     def _after_head(self, k: int, module: nn.Module, args: Any, output: Any) -> None:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._outputs[k] = [o for o in _leaves(output) if isinstance(o, Tensor) and o.requires_grad]
+            self._outputs[k] = output
 
     def _after_layer(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if torch.is_grad_enabled():
@@ -337,17 +302,17 @@ class Branch:
         return {task: self._rotated(alias, k) for k, (task, alias) in aliases}
 
     def _rotated(self, z: Tensor, k: int) -> Tensor:
-        if self.rotation is None:
+        if self.rotations is None:
             return z
         if torch.compiler.is_compiling():
             R = torch.ops.accel_weighting.rotation(z.detach(), self._key, k)
         else:
-            R = self.rotation.matrices(z)[k]
-        return rotated(z, R, self.rotation.dim)
+            R = self.rotations.matrices(z)[k]
+        return self.rotations.rotated(z, R)
 
     def head_outputs(self, k: int) -> list[Tensor]:
         """What head ``k`` gave in the last forward, tensors with a graph only."""
-        return self._outputs.get(k, [])
+        return [o for o in _leaves(self._outputs.get(k)) if isinstance(o, Tensor) and o.requires_grad]
 
     def _join(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         if not torch.is_grad_enabled():
@@ -361,22 +326,18 @@ class Branch:
             if self._layer is None or not _same(self._layer[1], z):
                 raise checks.shared_layer_is_not_the_branch()
             inputs, self._layer = self._layer[0], None
-        elif self.rotation is not None and self.rotation.cooperative:
+        elif self.rotations is not None and self.rotations.cooperative:
             inputs = z.detach()
-        return _Join.apply(z, inputs, mask, self._key, len(self.tasks))
+        aliases: tuple[Tensor, ...]
+        aliases = _Join.apply(z, inputs, mask, self._key, len(self.tasks))  # type: ignore[no-untyped-call]
+        return aliases
 
     def _alias(self, z: Tensor, k: int) -> Tensor:
         if not torch.is_grad_enabled():
             return self._rotated(z, k)
         graph_task = _graph_task()
         forward = self._forward
-        if forward is not None and forward.graph_task != graph_task:
-            forward = None
-        if forward is not None and not _same(forward.z, z):
-            if k not in forward.taken and len(forward.taken) < len(self.tasks):
-                self.split = self._find_shared_layer is None  # at a layer's weight all samples meet
-            forward = None
-        if forward is None:
+        if forward is None or forward.graph_task != graph_task or not _same(forward.z, z):
             self._forward = forward = _Forward(z, self._join(z), graph_task)
         forward.taken.add(k)
         if len(forward.taken) == len(self.tasks) and torch.compiler.is_compiling():
@@ -385,87 +346,85 @@ class Branch:
 
     # ---- backward ----------------------------------------------------------------------------------------------
 
-    def arm(self, losses: Tensor, block: Block) -> None:
-        """From the moment the backward passes ``losses`` ``[K]`` to its end, gradients that meet belong to ``block``.
+    def watch(self, losses: Tensor, micro_batch: MicroBatch) -> None:
+        """From when a backward passes ``losses`` ``[K]`` to its end, gradients at the join belong to the micro-batch.
 
         Any other gradient through the branch (a generator's step through the discriminator, a user's own
-        ``torch.autograd.grad``) passes unrecorded and unweighted.
+        ``torch.autograd.grad``, a backward after one that was interrupted) passes unrecorded and unweighted.
         """
 
         def begins(factors: Tensor) -> None:
-            block.factors = factors.detach()
-            self.armed = block
-            Variable._execution_engine.queue_callback(self.disarm)
+            micro_batch.factors = factors.detach()
+            running = _Pass(micro_batch, self._end_backward)
+            self._pass = weakref.ref(running)
+            Variable._execution_engine.queue_callback(running)
 
-        losses.register_hook(begins)
+        losses.register_hook(begins)  # type: ignore[no-untyped-call]
 
-    def disarm(self) -> None:
-        """The backward is over."""
-        self.armed = None
+    def _end_backward(self, micro_batch: MicroBatch) -> None:
+        self._pass = None
         self.forget()
+        if self._find_shared_layer is None:  # at a layer's weight all samples meet
+            micro_batch.window.split |= micro_batch.record and micro_batch.split
 
-    def meet(
-        self, gradients: Sequence[Tensor | None], inputs: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor | None:
+    @property
+    def _active(self) -> MicroBatch | None:
+        """The micro-batch whose backward runs."""
+        running = None if self._pass is None else self._pass()
+        return None if running is None else running.micro_batch
+
+    def collect(self, gradients: Sequence[Tensor | None], inputs: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """Measures the gradients of one join; their weighted sum where weights act on the shared path, else None."""
-        block = self.armed
-        if block is None:
+        micro_batch = self._active
+        if micro_batch is None:
             return None
-        arrived = {k for k, g in enumerate(gradients) if g is not None} & block.present
-        if block.decide is not None and block.met:
+        some = next(g for g in gradients if g is not None)
+        arrived = frozenset(k for k, g in enumerate(gradients) if g is not None) & micro_batch.present
+        if micro_batch.decide is not None and micro_batch.collected:
             raise checks.second_join_of_a_step()
-        block.arrived |= arrived
-        block.met |= bool(arrived) or not block.present
-        if block.decide is not None and not block.present:  # there is nothing to add, but others wait for this process
-            some = next(g for g in gradients if g is not None)
-            block.shared_weights = block.decide(_wide(some.new_zeros(len(gradients), len(gradients))))
-        if arrived and (block.record or block.decide is not None):
-            self._measure(block, [g if k in arrived else None for k, g in enumerate(gradients)], inputs, mask)
-        if block.shared_weights is None:
+        if arrived or not micro_batch.present:
+            micro_batch.collected.append(((some.shape,), arrived))
+        if micro_batch.record:
+            micro_batch.window.arrived |= arrived
+        if micro_batch.decide is not None and not micro_batch.present:
+            # There is nothing to add, but the other processes wait for this one.
+            zeros = measure.wide(some.new_zeros(len(gradients), len(gradients)))
+            micro_batch.shared_weights = micro_batch.decide(zeros, arrived)
+        if arrived and (micro_batch.record or micro_batch.decide is not None):
+            rows = [g if k in arrived else None for k, g in enumerate(gradients)]
+            self._measure(micro_batch, arrived, rows, inputs, mask)
+        if micro_batch.shared_weights is None:
             return None
-        weights = [w for w, g in zip(block.shared_weights, gradients, strict=True) if g is not None]
-        return _sum([g for g in gradients if g is not None], torch.stack(weights))
+        weights = [w for w, g in zip(micro_batch.shared_weights, gradients, strict=True) if g is not None]
+        return measure.weighted_sum([g for g in gradients if g is not None], torch.stack(weights))
 
-    def _measure(self, block: Block, rows: Sequence[Tensor | None], inputs: Tensor | None, mask: Tensor | None) -> None:
-        """Gives the sink what the gradients of one join are, free of their factors."""
-        assert block.factors is not None
-        c = block.factors if block.scale is None else block.factors * block.scale
+    def _measure(
+        self,
+        micro_batch: MicroBatch,
+        arrived: frozenset[int],
+        rows: Sequence[Tensor | None],
+        inputs: Tensor | None,
+        mask: Tensor | None,
+    ) -> None:
+        """Adds what the gradients of one join are, free of their factors, to the window."""
+        assert micro_batch.factors is not None
+        c, window = micro_batch.factors, micro_batch.window
+        if micro_batch.scale is not None:
+            c = c * micro_batch.scale
         if mask is not None:
-            dim = -1 if self.rotation is None else self.rotation.dim
+            dim = -1 if self.rotations is None else self.rotations.dim
             rows = [None if g is None else g * mask.unsqueeze(dim) for g in rows]
         if self._find_shared_layer is not None:
             assert inputs is not None
-            self._sink("matrices", _matrices(rows, inputs) / c[:, None, None])
+            window.add("gradients", measure.layer_gradients(rows, inputs) / c[:, None, None])
             return
-        gram = _gram(rows) / torch.outer(c, c)
-        if block.decide is not None:
-            block.shared_weights = block.decide(gram)
-        if block.record:
-            self._sink("gram", gram)
-            if self.rotation is not None:
-                self._sink("moments", self._moments(rows, c, inputs))
-
-    def _moments(self, rows: Sequence[Tensor | None], c: Tensor, z: Tensor | None) -> Tensor:
-        """``G_kᵀ G_j`` of all pairs k < j on the rotated features, and ``G_kᵀ Z`` of all tasks where z is given."""
-        assert self.rotation is not None
-        some = next(g for g in rows if g is not None)
-        m = self.rotation.matrices(some).shape[-1]
-
-        def features(x: Tensor) -> Tensor:
-            return _wide(x.movedim(self.rotation.dim, -1)[..., :m].reshape(-1, m))  # type: ignore[union-attr]
-
-        G = [None if g is None else features(g) for g in rows]
-        pairs = [(G[k], G[j], c[k] * c[j]) for k, j in itertools.combinations(range(len(G)), 2)]
-        if z is not None:
-            Z = features(z)
-            pairs += [(g, Z, c[k]) for k, g in enumerate(G)]
-        products = torch.zeros(len(pairs), m, m, dtype=_wide(some[:0]).dtype, device=some.device)
-        for product, (a, b, _) in zip(products, pairs, strict=True):
-            if a is not None and b is not None:
-                torch.mm(a.T, b, out=product)
-        if pairs:
-            products /= torch.stack([factor for *_, factor in pairs])[:, None, None]
-        return products
+        gram = measure.gram(rows) / torch.outer(c, c)
+        if micro_batch.decide is not None:
+            micro_batch.shared_weights = micro_batch.decide(gram, arrived)
+        if micro_batch.record:
+            window.add("gradients", gram)
+            if self.rotations is not None:
+                window.add("moments", self.rotations.cross_products(rows, c, inputs))
 
 
 def _leaves(output: Any) -> list[Any]:
@@ -476,26 +435,3 @@ def _leaves(output: Any) -> list[Any]:
         for leaf in leaves
         for part in (_leaves(vars(leaf)) if is_dataclass(leaf) and not isinstance(leaf, type) else [leaf])
     ]
-
-
-def _wide(x: Tensor) -> Tensor:
-    """float32 or wider: products of half-precision gradients overflow."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _gram(rows: Sequence[Tensor | None]) -> Tensor:
-    """Inner products of all gradients of a join, ``[K, K]``; rows that are None count as zeros."""
-    some = next(g for g in rows if g is not None)
-    zeros = some.new_zeros(()).expand_as(some)
-    full = [zeros if g is None else g for g in rows]
-    parts = [full] if some.numel() <= CHUNK else zip(*(g.reshape(-1).split(CHUNK) for g in full), strict=True)
-    stacked = (_wide(torch.stack(tuple(part)).flatten(1)) for part in parts)
-    return functools.reduce(torch.add, (V @ V.T for V in stacked))
-
-
-def _matrices(rows: Sequence[Tensor | None], inputs: Tensor) -> Tensor:
-    """``g_kᵀ a`` of every task: its gradient at the weight of the Linear that gave z, ``[K, out, in]``."""
-    a = _wide(inputs.reshape(-1, inputs.shape[-1]))
-    some = next(g for g in rows if g is not None)
-    zeros = a.new_zeros(some.shape[-1], a.shape[-1])
-    return torch.stack([zeros if g is None else _wide(g.reshape(-1, g.shape[-1])).T @ a for g in rows])

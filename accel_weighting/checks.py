@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import math
 import numbers
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,6 +49,16 @@ def method(value: Any) -> Any:
         found = f"the class {value.__name__}: call it" if isinstance(value, type) else repr(value)
         raise TypeError(f"Parameter `method` must be a method such as `GradNorm()`. Found {found}.")
     return value
+
+
+def rotating(method: Method) -> Any:
+    """A method that rotates says how: see ``rotations.RotatingMethod``."""
+    if not callable(getattr(method, "widen", None)):
+        raise TypeError(
+            f"{method!r} names \"moments\" among its needs, and so must have `widen(state, width) -> state`, which adds "
+            'the rotations, a tensor [K, m, m], to the state as "rotations". See the docstring of `Method`.'
+        )
+    return method
 
 
 def positive_by_task(argument: str, values: Any, tasks: Sequence[str]) -> dict[str, float]:
@@ -195,10 +204,10 @@ def warn_started_alone(launched: int | None) -> None:
 # ---- what comes with a backward --------------------------------------------------------------------------------
 
 
-def losses_by_task(losses: Any, tasks: Sequence[str]) -> dict[str, Tensor]:
+def losses_by_task(losses: Any, tasks: Sequence[str]) -> Mapping[str, Tensor]:
     """The losses by name, whatever they came in, every one checked; all offenders are named at once."""
     if isinstance(losses, Mapping):
-        named = dict(losses)
+        named: Mapping[str, Any] = losses
     elif hasattr(losses, "_asdict"):
         named = losses._asdict()
     else:
@@ -218,9 +227,12 @@ def losses_by_task(losses: Any, tasks: Sequence[str]) -> dict[str, Tensor]:
                 f"Found {len(losses)} of them."
             )
         named = dict(zip(tasks, losses, strict=True))
-    known(named, tasks)
+    if len(named) != len(tasks) or not all(task in named for task in tasks):
+        known(named, tasks)
     if not named:
         raise ValueError("Parameter `losses` is empty: give the loss of at least one task.")
+    if all(isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point() for loss in named.values()):
+        return named
     complaints = []
     for task, loss in named.items():
         if not isinstance(loss, Tensor):
@@ -239,46 +251,31 @@ def losses_by_task(losses: Any, tasks: Sequence[str]) -> dict[str, Tensor]:
     return named
 
 
-def losses_have_graphs(losses: Mapping[str, Tensor]) -> None:
-    """Gradients are enabled, so every loss must lead somewhere."""
-    detached = [task for task, loss in losses.items() if not loss.requires_grad]
+def losses_have_graphs(losses: Mapping[str, Tensor], present: Iterable[str]) -> None:
+    """Gradients are enabled, so every loss that counts must lead somewhere."""
+    detached = [task for task in present if not losses[task].requires_grad]
     if detached:
         raise ValueError(
             "\n".join(f"Loss `{task}` does not require grad: it was detached before it came here." for task in detached)
         )
 
 
-def item_counts(num_items: Any, losses: Mapping[str, Any], tasks: Sequence[str]) -> tuple[list[float] | None, set[int]]:
-    """Counts per task (None where the block was not counted) and the tasks said to have no items in it."""
-    if num_items is None:
-        return None, set()
-    given = num_items if isinstance(num_items, Mapping) else dict.fromkeys(losses, num_items)
-    known(given, tasks)
-    counts: dict[str, float] = {}
-    wrong = {}
-    for task, count in given.items():
-        if isinstance(count, Tensor) and count.ndim == 0 and count.device.type == "cpu":
-            count = count.item()
-        number = float(count) if isinstance(count, numbers.Real) and not isinstance(count, bool) else -1.0
-        if number >= 0 and number.is_integer():
-            counts[task] = number
-        else:
-            wrong[task] = count
+def counts_are_integers(wrong: Mapping[str, Any]) -> None:
+    """No count is anything else than an integer of at least 0."""
     if wrong:
         raise ValueError(
             "Parameter `num_items` must be a number of items, an integer of at least 0, or {task: such a number}. "
             f"Found {wrong!r}."
         )
-    empty = {tasks.index(task) for task, count in counts.items() if count == 0}
-    positive = {task: count for task, count in counts.items() if count > 0}
-    if not positive:
-        return None, empty
+
+
+def every_loss_is_counted(losses: Iterable[str], counts: Mapping[str, float]) -> None:
+    """Positive counts come for all losses of a block."""
     if uncounted := [task for task in losses if task not in counts]:
         raise ValueError(
             "Positive counts in `num_items` must come for every task of the block or for none. "
             f"Missing: {uncounted!r}. A count of 0 alone is allowed: it says that the task is not in this block."
         )
-    return [positive.get(task, 0.0) for task in tasks], empty
 
 
 def gradients_disabled() -> RuntimeError:
@@ -366,36 +363,15 @@ def second_join_of_a_step() -> RuntimeError:
     )
 
 
-def shared_layer_cannot_rotate(method: str) -> ValueError:
-    """Rotations at a shared layer's weight."""
-    return ValueError(f"{method} acts on the shared representation itself: leave `shared_layer` out.")
-
-
-def shared_layer_at_lag_0() -> ValueError:
-    """The shared layer's matrices are summed once a window."""
-    return ValueError(
-        "With `lag = 0` gradients are compared in the backward itself, at the shared representation: leave "
-        "`shared_layer` out, or use `lag = 1`."
-    )
-
-
-def no_rotations(method: str, rotates: bool) -> RuntimeError:
-    """Rotations were asked for where there are none."""
-    if not rotates:
-        return RuntimeError(f"{method} has no rotations.")
-    return RuntimeError(
-        "The rotations are as large as the shared representation, which is known after the first forward: run one "
-        "forward before asking for them."
-    )
-
-
-def head_cannot_be_folded(task: str, why: str) -> RuntimeError:
-    """A head that does not begin with a Linear."""
-    return RuntimeError(
-        f"The rotation of task `{task}` cannot be folded into its head: {why}. Nothing was changed in any head. Let "
-        "the head begin with an nn.Linear that alone reads its input (or name that Linear in "
-        "`fold_rotations(heads=...)`), or keep the weighter for inference."
-    )
+def shared_layer_goes_with(method: str, rotates: bool, lag: int) -> None:
+    """Gradients at a layer's weight are neither rotated, nor compared in the backward itself."""
+    if rotates:
+        raise ValueError(f"{method} acts on the shared representation itself: leave `shared_layer` out.")
+    if lag == 0:
+        raise ValueError(
+            "With `lag = 0` gradients are compared in the backward itself, at the shared representation: leave "
+            "`shared_layer` out, or use `lag = 1`."
+        )
 
 
 def fold_needs_heads() -> ValueError:
@@ -403,14 +379,6 @@ def fold_needs_heads() -> ValueError:
     return ValueError(
         "This weighter was built without `heads`, so it does not know what reads the rotated representation: call "
         "`fold_rotations(heads={task: module or dotted name})` with the module that each alias of the branch goes into."
-    )
-
-
-def rotations_were_folded() -> RuntimeError:
-    """The weighter is used after its end."""
-    return RuntimeError(
-        "The rotations were folded into the heads, and this weighter is done. To train on, build a new one: its "
-        "rotations begin at the identity, which leaves the folded model as it is."
     )
 
 
@@ -433,7 +401,14 @@ def losses_in_half_precision(dtype: str) -> str:
     )
 
 
-# ---- verdicts, taken from reduced numbers ------------------------------------------------------------------------
+def warn_saved_inside_window(blocks: int) -> None:
+    """State was asked for with micro-batches in the window."""
+    verb = "is" if blocks == 1 else "are"
+    warnings.warn(
+        f"Saved inside an accumulation window: {blocks} of its micro-steps {verb} lost; save on "
+        "`accelerator.sync_gradients`.",
+        stacklevel=4,
+    )
 
 
 def left_waiting(step: int) -> RuntimeError:
@@ -444,181 +419,3 @@ def left_waiting(step: int) -> RuntimeError:
         "`weighter.freeze()` on some of them alone, and no fewer batches there (`even_batches=False`, "
         "`join_uneven_inputs`). To stop early, let all of them ask `accelerator.check_trigger()`."
     )
-
-
-def disagreement(descriptions: Sequence[Mapping[str, Any]], step: int) -> RuntimeError:
-    """The processes do not agree; says about what, and who differs from most."""
-    first = descriptions[0]
-    differing = [key for key in first if any(other[key] != first[key] for other in descriptions)]
-    tables = []
-    for key in differing or ["state"]:
-        owners: dict[str, list[int]] = {}
-        for rank, description in enumerate(descriptions):
-            owners.setdefault(str(description[key]), []).append(rank)
-        by_number = sorted(owners.items(), key=lambda item: -len(item[1]))
-        rows = [f"  process{'es' * (len(r) > 1)} {', '.join(map(str, r))}: {value}" for value, r in by_number]
-        tables.append("\n".join([f"{key}:", *rows]))
-    if "tasks" in differing:
-        what = "The processes were built with different tasks"
-    elif differing and "state" not in differing:
-        what = f"The processes no longer agree at step {step}: different {', '.join(differing)}"
-    else:
-        what = f"The processes no longer agree at step {step}: weights, method state or settings differ"
-    return RuntimeError(
-        f"{what}.\n" + "\n".join(tables) + "\nWeights must only change through the weighter, and every process must "
-        "build it alike and take the same steps."
-    )
-
-
-def mixed_counts(counted: int, blocks: int, step: int) -> ValueError:
-    """Some blocks counted, some not."""
-    return ValueError(
-        f"Counts must come for all blocks of a window or for none. At optimizer step {step}, {counted} of {blocks} "
-        "micro-batches over all processes came with positive `num_items`."
-    )
-
-
-def negative_losses(method: str, tasks: Sequence[str], losses: Sequence[float], step: int) -> ValueError:
-    """A method that divides by losses met a negative one."""
-    found = ", ".join(f"Task `{t}` averaged {x:.4g}" for t, x in zip(tasks, losses, strict=True))
-    return ValueError(
-        f"{method} divides by losses and needs them positive. {found} over optimizer step {step}. Shift it or use a "
-        "method without loss ratios."
-    )
-
-
-def unrelated_gradients(method: str, step: int) -> RuntimeError:
-    """The Gram matrix is needed and only norms are known."""
-    return RuntimeError(
-        f"{method} needs the inner products of the tasks' gradients, but at optimizer step {step} the heads were fed "
-        "different tensors, so that only norms are known. Call `weighter.branch(z)` once in the model's forward and "
-        "derive every head's input from its own alias."
-    )
-
-
-def no_sample_is_shared(method: str, rotates: bool) -> str:
-    """Gradients of different tasks sit in different rows of z."""
-    cure = (
-        "The rotations stay where they are."
-        if rotates
-        else "Give `shared_layer`, an nn.Linear whose output is the branch point: gradients of different samples meet "
-        "at its weight."
-    )
-    return (
-        f"{method} compares the gradients of different tasks, but no sample of this window had two of them, so that at "
-        f"the shared representation their inner products are exactly 0 and no conflict can be seen. {cure}"
-    )
-
-
-def not_finite(what: str, tasks: Sequence[str], counts: Sequence[int], world: int, step: int) -> str:
-    """Which losses or gradients were not finite, and where; weights are held."""
-    parts = [
-        (f"Loss `{t}`" if what == "loss" else f"Gradient of loss `{t}` at the shared representation")
-        + f" was not finite on {n} of {world} processes"
-        for t, n in zip(tasks, counts, strict=True)
-        if n
-    ]
-    return f"{'; '.join(parts)} at optimizer step {step}; weights are held."
-
-
-def too_many_held(message: str, held: int, limit: int) -> RuntimeError:
-    """Held steps in a row beyond the limit."""
-    return RuntimeError(
-        f"{message} {held} steps in a row exceed `max_skipped_steps = {limit}`: look for the cause in the data or the "
-        "learning rate."
-    )
-
-
-# ---- state -------------------------------------------------------------------------------------------------------
-
-
-def not_our_state(state: Any) -> ValueError:
-    """Something else was loaded."""
-    keys = sorted(map(str, state))[:8] if isinstance(state, Mapping) else type(state).__name__
-    return ValueError(
-        f"This does not hold a weighter's state (keys: {keys}). Objects must be registered for checkpointing in the "
-        "same order as when it was saved."
-    )
-
-
-def other_checkpoint(differences: Mapping[str, tuple[Any, Any]]) -> ValueError:
-    """Another weighter's checkpoint; all differences at once."""
-    rows = "\n".join(f"  {name}: {old} in the checkpoint, {new} here" for name, (old, new) in differences.items())
-    return ValueError(
-        f"The checkpoint was written by another weighter. Differences: {', '.join(differences)}.\n{rows}\n"
-        "Load with `strict=False` to keep what fits."
-    )
-
-
-def warn_saved_inside_window(blocks: int) -> None:
-    """State was asked for with micro-batches in the window."""
-    warnings.warn(
-        f"Saved inside an accumulation window: {blocks} of its micro-steps is lost; save on "
-        "`accelerator.sync_gradients`."
-        if blocks == 1
-        else f"Saved inside an accumulation window: {blocks} of its micro-steps are lost; save on "
-        "`accelerator.sync_gradients`.",
-        stacklevel=4,
-    )
-
-
-def warn_rotations_left_behind() -> None:
-    """A checkpoint with rotations, loaded loosely by a weighter that has no use for them."""
-    warnings.warn(
-        "The checkpoint holds rotations that this weighter's method does not take up, and the heads were trained "
-        "behind them. To go on from the model as it was, load the checkpoint with its own method first and call "
-        "`fold_rotations()`.",
-        stacklevel=5,
-    )
-
-
-def finite_weights(weights: Tensor, method: Any) -> None:
-    """An assertion about ourselves: a method gave finite weights."""
-    assert math.isfinite(weights.sum()), f"{method!r} gave weights that are not finite: {weights.tolist()}"
-
-
-# ---- integrations ------------------------------------------------------------------------------------------------
-
-
-def trainer_without_tasks() -> ValueError:
-    """A Trainer that knows no task."""
-    return ValueError("Give `tasks` (their names), or `heads` ({task: dotted name in the model}), or both.")
-
-
-def model_without_losses(outputs: Any) -> ValueError:
-    """A model in a Trainer that gives no losses."""
-    found = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
-    return ValueError(
-        "The model must return a dictionary `losses`, {task: scalar}, among its outputs, or `compute_losses(model, "
-        f"inputs, return_outputs=False)` must be overridden. Found outputs {found}."
-    )
-
-
-def trainer(trainer: Any, has_group: bool) -> None:
-    """What a transformers Trainer was asked for that cannot go with weighting."""
-    args, parallelism = trainer.args, getattr(trainer.accelerator, "parallelism_config", None)
-    if args.label_smoothing_factor:
-        raise ValueError(
-            "Trainer's label smoothing makes one loss of `labels`, and weighting needs one loss per task: leave "
-            "`label_smoothing_factor` at 0 and smooth where the loss is made, e.g. F.cross_entropy(label_smoothing=…). "
-            f"Found `label_smoothing_factor = {args.label_smoothing_factor}`."
-        )
-    if trainer.compute_loss_func is not None:
-        raise ValueError(
-            "`compute_loss_func` gives one loss, and weighting needs one per task: leave it out and override "
-            "`compute_losses(model, inputs, return_outputs=False)`."
-        )
-    if args.n_gpu > 1:
-        raise NotImplementedError(
-            f"torch's DataParallel would divide every batch over {args.n_gpu} GPUs of this one process, where the "
-            "gradients of a task cannot be told apart: start one process per GPU, with `accelerate launch` or torchrun."
-        )
-    if parallelism is not None and getattr(parallelism, "sp_enabled", False):
-        raise NotImplementedError(
-            "Sequence parallelism computes one loss inside the Trainer; weighting needs one per task."
-        )
-    if getattr(trainer, "is_distributed_loading_by_transformers", False) and not has_group:
-        raise NotImplementedError(
-            "The model was sharded by transformers itself, so that Accelerate does not know its data-parallel group: "
-            "name it in `weighter_options={'process_group': …}`."
-        )

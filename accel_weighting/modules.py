@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
 from torch import nn
 
 from . import checks
@@ -12,12 +10,12 @@ from . import checks
 
 def locate(name: str, model: nn.Module) -> nn.Module | None:
     """The submodule called ``name``, looking through the wrappers that engines and torch.compile put in between."""
-    module: Any = _unwrap(model)
+    module = _unwrap(model)
     for part in name.split("."):
-        module = getattr(module, part, None)
-        if not isinstance(module, nn.Module):
+        found = getattr(module, part, None)
+        if not isinstance(found, nn.Module):
             return None
-        module = _unwrap(module)
+        module = _unwrap(found)
     return module
 
 

@@ -201,11 +201,11 @@ def _state_runs(file: Path) -> dict[str, History]:
 
 def history_of(state: Mapping[str, Any]) -> History:
     """The history in a weighter's saved state."""
-    from .record import Record
+    from .history import History as Saved
 
-    record = Record(state["tasks"])
-    record.load_state_dict(state["record"], state["tasks"])
-    return record.history
+    saved = Saved(state["tasks"])
+    saved.load_state_dict(state["record"], state["tasks"])
+    return saved.entries
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:

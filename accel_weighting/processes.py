@@ -9,10 +9,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist  # noqa: TID251  this is the one place
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import checks
@@ -47,7 +49,7 @@ def signature_pieces(digest: bytes, pieces: int) -> list[int]:
 
 
 LEFT = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Application timeout")
-"""What gloo says when another process does not come. NCCL says nothing: its watchdog ends the process."""
+"""Parts of gloo's errors when a peer is gone. NCCL raises nothing; its watchdog aborts the process."""
 
 
 def left_waiting(error: BaseException) -> bool:
@@ -55,7 +57,7 @@ def left_waiting(error: BaseException) -> bool:
     return any(words in str(error) for words in LEFT)
 
 
-def fingerprint(x: Tensor) -> Tensor:
+def _fingerprint(x: Tensor) -> Tensor:
     """Two small integers, int64 ``[2]``, that any single flipped bit of ``x`` changes; computed where x is."""
     bits = x.contiguous().view(torch.int32).sum(dtype=torch.int64)  # 32 bits each: two pieces hold 40
     mask = (1 << BITS) - 1
@@ -69,28 +71,52 @@ def launched_processes() -> int | None:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _alike(world: int, sums: Sequence[float]) -> bool:
+    """Whether all processes sent the same integers, decided on their sums alone: W·Σs² == (Σs)² for each of them.
+
+    Args:
+        world: Number of processes.
+        sums: The sums of all integers, then the sums of their squares.
+    """
+    half = len(sums) // 2
+    return all(world * int(b) == int(a) ** 2 for a, b in zip(sums[:half], sums[half:], strict=True))
+
+
 @dataclass
 class Reduction:
     """A vector on its way through the sum over processes.
 
     Attributes:
-        host: Header and the host's part of the payload, on its way to the CPU.
+        host: What the host reads of the sum, on its way to the CPU: signature, payload, fingerprint.
         device: What stays on the device.
-        header: Length of the header.
+        world: Number of processes.
+        signature: Length of the signature at the beginning of ``host``.
+        fingerprint: Length of the fingerprint at its end.
         ready: Recorded when the copy to the host was queued; None on a CPU.
     """
 
     host: Tensor
     device: Tensor
-    header: int
+    world: int
+    signature: int
+    fingerprint: int
     ready: torch.cuda.Event | None = None
 
-    def wait(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Header, the host's part and the device's. The host waits only if the device is not there yet."""
+    def wait(self) -> tuple[bool, NDArray[np.float64], Tensor]:
+        """Whether the processes agree, the host's part of the payload, and the device's.
+
+        The host waits only if the device is not there yet.
+        """
         if self.ready is not None:
             self.ready.synchronize()
-        host = self.host.cpu()
-        return host[: self.header], host[self.header :], self.device
+        host: NDArray[np.float64] = self.host.cpu().numpy()
+        first, last = self.signature, len(host) - self.fingerprint
+        agreed = _agreed(self.world, host[:first].tolist()) and _alike(self.world, host[last:].tolist())
+        return agreed, host[first:last], self.device
+
+
+def _agreed(world: int, signature: Sequence[float]) -> bool:
+    return signature[0] == world and _alike(world, signature[1:])
 
 
 class Processes:
@@ -132,55 +158,55 @@ class Processes:
 
     def sum(
         self,
-        payload: Tensor,
+        numbers: Sequence[float],
+        parts: Sequence[Tensor],
         signature: Sequence[int],
         condense: Callable[[Tensor], tuple[Tensor, Tensor]],
         step: int,
         large: Tensor | None = None,
     ) -> Reduction:
-        """Starts the one all-reduce.
+        """Starts the one all-reduce, of one vector: signature, numbers of the host, parts on the device, fingerprint.
 
         The very first sum of a weighter begins with a part of fixed length, so that processes that were built with
         different tasks or layers, and so with vectors of different lengths, meet in it and say so instead of mixing
         their numbers.
 
         Args:
-            payload: float64 vector on the device.
+            numbers: What the host knows.
+            parts: float64 vectors on the device, at least one.
             signature: Small integers that must be alike on all processes.
-            condense: Divides the summed payload, still on the device, in what the host reads and what stays.
+            condense: Divides the summed numbers and parts, still on the device, in what the host reads and what stays.
             step: Of the optimizer, for the error.
             large: State on the device that must be alike on all processes, or None.
 
         Raises:
             RuntimeError: Another process did not come.
         """
-        squared = [number for piece in signature for number in (piece, piece * piece)]
-        header = to_device(torch.tensor([1, *squared], dtype=torch.float64), payload.device)
+        device = parts[0].device
+        known = [1, *signature, *(piece * piece for piece in signature)]
+        first, last = len(known), 0
+        pieces = [to_device(torch.tensor([*known, *numbers], dtype=torch.float64), device), *parts]
         if large is not None:
-            pieces = fingerprint(large).to(payload.device)
-            header = torch.cat([header, torch.stack([pieces, pieces * pieces], 1).flatten()])
-        vector = torch.cat([header, payload])
+            fingerprint = _fingerprint(large).to(device)
+            pieces.append(torch.cat([fingerprint, fingerprint * fingerprint]).double())
+            last = len(pieces[-1])
+        vector = torch.cat(pieces)
         try:
-            vector = self._sum(vector, len(header))
+            vector = self._sum(vector, first)
         except RuntimeError as error:
             if left_waiting(error):
                 raise checks.left_waiting(step) from error
             raise
-        host, device = condense(vector[len(header) :])
-        host = torch.cat([vector[: len(header)], host])
+        end = len(vector) - last
+        host, rest = condense(vector[first:end])
+        host = torch.cat([vector[:first], host, vector[end:]])
         if host.device.type != "cuda":
-            return Reduction(host, device, len(header))
+            return Reduction(host, rest, self.world, first, last)
         pinned = torch.empty(host.shape, dtype=host.dtype, pin_memory=True)
         pinned.copy_(host, non_blocking=True)
-        ready = torch.cuda.Event()
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record()
-        return Reduction(pinned, device, len(header), ready)
-
-    def agreed(self, header: Tensor) -> bool:
-        """Whether all processes sent the same signature, decided on the summed header alone: W·Σs² = (Σs)²."""
-        total, *pieces = (int(x) for x in header.tolist())
-        pairs = zip(pieces[::2], pieces[1::2], strict=True)
-        return total == self.world and all(self.world * squares == plain**2 for plain, squares in pairs)
+        return Reduction(pinned, rest, self.world, first, last, ready)
 
     def gather(self, item: Any) -> list[Any]:
         """Every process's ``item``: for an error that all raise together and for the self-check; never in a step."""
@@ -191,7 +217,7 @@ class Processes:
         dist.all_gather_object(items, item, group=self.group)
         return items
 
-    def _sum(self, vector: Tensor, header: int) -> Tensor:
+    def _sum(self, vector: Tensor, signature: int) -> Tensor:
         if not self._first:
             self._all_reduce(vector)
             return vector
@@ -199,7 +225,7 @@ class Processes:
         padded = torch.zeros(max(FIRST, len(vector)), dtype=torch.float64, device=vector.device)
         padded[: len(vector)] = vector
         self._all_reduce(padded[:FIRST])
-        if len(vector) > FIRST and self.agreed(padded[:header].cpu()):
+        if len(vector) > FIRST and _agreed(self.world, padded[:signature].tolist()):
             self._all_reduce(padded[FIRST:])
         return padded[: len(vector)]
 
@@ -231,4 +257,5 @@ def _own_group(group: dist.ProcessGroup | None, use_local_synchronization: bool)
     device = torch.device("cuda" if "nccl" in dist.get_backend(found) else "cpu")
     timeout = found._get_backend(device).options._timeout
     ranks = dist.get_process_group_ranks(found)
-    return dist.new_group(ranks, timeout, use_local_synchronization=use_local_synchronization)
+    group = dist.new_group(ranks, timeout, use_local_synchronization=use_local_synchronization)
+    return cast("dist.ProcessGroup", group)

@@ -1,17 +1,23 @@
-"""The window: everything between two optimizer steps, added up on the device, packed into one vector of sums.
+"""The window: everything between two optimizer steps, and the one vector of sums that all processes add up.
 
 Blocks are micro-batches. Their gradients occupy different rows of the shared representation, so the Gram matrix of the
 mean loss over M equal blocks is the plain sum of the blocks' Gram matrices over M² (with counts, each weighed by its
 items). Every number in the vector is therefore a sum, over blocks and then over processes.
+
+A number that is not finite makes the sum that it goes into not finite, on every process: nothing else says so.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .statistics import Statistics
@@ -19,61 +25,226 @@ from .statistics import Statistics
 
 @dataclass(frozen=True)
 class Sums:
-    """What all processes saw together, on the CPU; the verdicts are taken from these numbers alone.
+    """What all processes saw together; the verdict is taken from these numbers alone.
 
     Attributes:
         blocks: Number of micro-batches.
         counted: How many of them came with counts.
-        vacant: How many of them held no task at all; they go with counts and without.
+        empty: How many of them held no task at all; they go with counted and with uncounted ones.
         split: How many processes could not relate the gradients of different tasks.
-        tapped: How many processes saw gradients meet.
-        bad_losses: Per task, the number of processes where a loss was not finite, ``[K]``.
-        bad_gradients: Per task, the number of processes where a gradient was not finite, ``[K]``.
-        bad_moments: The number of processes where a rotation's moments were not finite.
+        tapped: How many processes measured gradients.
+        arrived: On how many processes each task's gradient came to the branch point, ``[K]``.
+        present: In how many blocks each task was, ``[K]``.
+        items: How many items (blocks, where nothing was counted) each task had, ``[K]``.
+        losses: Sum of each task's losses, times its items where counted, ``[K]``.
+        gram: Inner products of the gradients, summed over blocks, ``[K, K]``.
+        moments: For a rotating method, the sums over blocks of the skew moments, on the device.
+        moments_total: The sum of all moments: not finite if one of them is not; 0 without moments.
+        finite: Whether all of these numbers are finite.
+        step: Optimizer steps that came before this window.
     """
 
-    statistics: Statistics
     blocks: int
     counted: int
-    vacant: int
+    empty: int
     split: int
     tapped: int
-    bad_losses: list[int]
-    bad_gradients: list[int]
-    bad_moments: int
+    arrived: NDArray[np.float64]
+    present: NDArray[np.float64]
+    items: NDArray[np.float64]
+    losses: NDArray[np.float64]
+    gram: NDArray[np.float64]
+    moments: Tensor | None
+    moments_total: float
+    finite: bool
+    step: int
+
+    @property
+    def mixed_counts(self) -> bool:
+        """Whether some blocks came with counts and some without."""
+        return 0 < self.counted < self.blocks - self.empty
+
+    def not_finite(self) -> dict[str, NDArray[np.bool_]]:
+        """``{"loss" | "gradient" | "moment": bool [K]}``: which sums are not finite."""
+        return {
+            "loss": ~np.isfinite(self.losses),
+            "gradient": ~np.isfinite(self.gram.diagonal()),
+            "moment": np.full(len(self.losses), not np.isfinite(self.moments_total)),
+        }
+
+    def statistics(self) -> Statistics:
+        """The means over the whole window, of sums that are finite."""
+        items = np.maximum(self.items, 1)  # 0 where absent, and so are losses and gradients
+        weights = np.sign(self.present) / (items if self.counted else self.blocks)
+        gram = self.gram * (weights[:, None] * (weights / 2))
+        gram = gram + gram.T
+        known = self.tapped or self.empty == self.blocks  # nobody there: rows of zeros
+        return Statistics(
+            losses=self.losses / items,
+            present=self.present > 0,
+            norms=np.sqrt(gram.diagonal()) if known else None,
+            gram=gram if known and not self.split else None,
+            moments=None if self.moments is None else self._scaled_moments(self.moments, weights),
+            micro_batches=self.blocks,
+            step=self.step,
+        )
+
+    @staticmethod
+    def _scaled_moments(moments: Tensor, weights: NDArray[np.float64]) -> Tensor:
+        i, j = np.triu_indices(len(weights), 1)
+        scale = np.concatenate([weights[i] * weights[j], weights])[: len(moments)]
+        return moments * to_device(torch.from_numpy(scale), moments.device)[:, None]
 
 
-class Window:
-    """Adds up what the micro-batches of this process saw.
+HOST = 5
+"""Numbers of the vector besides those of single tasks: blocks, counted, empty, split, tapped."""
 
-    Args:
-        tasks: Number of tasks, K.
-        matrices: Shape ``[out, in]`` of the shared layer's weight where gradients are taken there, else None.
+
+@dataclass
+class Layout:
+    """The wire format: where everything lies in the vector that the processes add up.
 
     Attributes:
+        tasks: Number of tasks, K.
+        matrices: Shape ``[out, in]`` of the shared layer's weight where gradients are taken there, else None.
         moments: How many moments of which width a rotating method has, ``(number, m)``, once z is known.
     """
 
-    def __init__(self, tasks: int, matrices: tuple[int, int] | None = None) -> None:
-        self.tasks = tasks
-        self.matrices = matrices
-        self.moments: tuple[int, int] | None = None
-        self.clear()
+    tasks: int
+    matrices: tuple[int, int] | None = None
+    moments: tuple[int, int] | None = None
 
-    def clear(self) -> None:
-        """Opens a new window."""
+    @property
+    def gradients(self) -> tuple[int, ...]:
+        """Shape of what the gradients of a window come to."""
+        return (self.tasks, *(self.matrices or (self.tasks,)))
+
+    @property
+    def triangles(self) -> tuple[int, int]:
+        """Shape of the moments' strict upper triangles."""
+        number, m = self.moments or (0, 0)
+        return number, m * (m - 1) // 2
+
+    @property
+    def _head(self) -> int:
+        return HOST + 4 * self.tasks
+
+    def condense(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """After the sum over processes, still on the device: what the host reads, and what stays on the device.
+
+        A shared layer's matrices become their Gram matrix. Moments stay; the host learns their sum.
+        """
+        K, head = self.tasks, self._head
+        if self.matrices is not None:
+            matrices = vector[head:].view(K, -1)
+            return torch.cat([vector[:head], (matrices @ matrices.T).flatten()]), vector[:0]
+        host, rest = vector[: head + K * K], vector[head + K * K :]
+        return (torch.cat([host, rest.sum().view(1)]) if self.moments is not None else host), rest
+
+    def unpack(self, host: NDArray[np.float64], rest: Tensor, step: int) -> Sums:
+        """The two parts of ``condense``, the first on the host, by name."""
+        K, head = self.tasks, self._head
+        blocks, counted, empty, split, tapped = map(round, host[:HOST].tolist())
+        arrived, present, items, losses = host[HOST:head].reshape(4, K)
+        return Sums(
+            blocks,
+            counted,
+            empty,
+            split,
+            tapped,
+            arrived,
+            present,
+            items,
+            losses,
+            host[head : head + K * K].reshape(K, K),
+            None if self.moments is None else rest.view(self.triangles),
+            float(host[-1]) if self.moments is not None else 0.0,
+            math.isfinite(host.sum()),
+            step,
+        )
+
+
+@dataclass
+class MicroBatch:
+    """One micro-batch, from ``combine`` to the end of its backward.
+
+    Attributes:
+        present: Indices of the tasks that are in it.
+        window: The window that it belongs to.
+        scale: What every task's gradient is divided by besides its factor, ``[K]`` (the reciprocal of its number of
+            items), or None.
+        shared_weights: Weights on the shared path, ``[K]`` on the device, or None where weights act on the losses.
+        decide: Gives ``shared_weights`` from the Gram matrix of this very backward and the tasks that it is of
+            (``lag=0``), or None.
+        record: Whether the statistics take it in.
+        factors: ``c``, ``[K]``, once the backward has begun.
+        collected: For every join that this backward passed: the shapes of its tensors, and whose gradients came.
+    """
+
+    present: frozenset[int]
+    window: Window
+    scale: Tensor | None = None
+    shared_weights: Tensor | None = None
+    decide: Callable[[Tensor, frozenset[int]], Tensor] | None = None
+    record: bool = True
+    factors: Tensor | None = None
+    collected: list[tuple[tuple[torch.Size, ...], frozenset[int]]] = field(default_factory=list)
+
+    @property
+    def split(self) -> bool:
+        """Whether two tasks' gradients did not meet, so that their inner product is not known.
+
+        They meet in one join. Where each of them also came alone to a join of its own, and the tensors there are of the
+        same shape, those may be one tensor that was handed to the heads as two.
+        """
+        if len(self.collected) < 2:
+            return False
+        tasks = sorted(frozenset().union(*(arrived for _, arrived in self.collected)))
+        return any(self._apart(a, b) for a, b in itertools.combinations(tasks, 2))
+
+    def _apart(self, a: int, b: int) -> bool:
+        if not any({a, b} <= arrived for _, arrived in self.collected):
+            return True
+        alone_a = {shapes for shapes, arrived in self.collected if a in arrived and b not in arrived}
+        return any(shapes in alone_a for shapes, arrived in self.collected if b in arrived and a not in arrived)
+
+
+class Window:
+    """One optimizer step, as this process sees it: made anew for each, and the owner of all that is true of it.
+
+    A backward that comes after the step (or after a reset) writes into the window that it belongs to, which nobody
+    reads any more.
+
+    Args:
+        layout: The wire format.
+
+    Attributes:
+        opened: Micro-batches so far, recorded or not.
+        due: Whether the last of them was the step's last.
+        moves_weights: Whether some micro-batch was not frozen.
+        blocks: Recorded micro-batches.
+        arrived: Tasks whose gradient has come there.
+        split: Whether the inner products of different tasks' gradients are not known.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.opened = 0
+        self.due = False
+        self.moves_weights = False
         self.blocks = 0
-        self.counted = 0
-        self.vacant = 0
-        self._present = [0] * self.tasks
-        self._items = [0.0] * self.tasks
+        self.arrived: set[int] = set()
+        self.split = False
+        self._layout = layout
+        self._counted = self._empty = 0
+        self._present = [0] * layout.tasks
+        self._items = [0.0] * layout.tasks
         self._sums: dict[str, Tensor] = {}
 
-    def add_block(self, losses: Tensor, present: frozenset[int], counts: Sequence[float] | None) -> None:
+    def record(self, losses: Tensor, present: frozenset[int], counts: Sequence[float] | None) -> None:
         """A micro-batch: its detached losses ``[K]`` (zeros where absent), who was there, and with how many items."""
         self.blocks += 1
-        self.counted += counts is not None
-        self.vacant += not present
+        self._counted += counts is not None
+        self._empty += not present
         for k in present:
             self._present[k] += 1
             self._items[k] += 1 if counts is None else counts[k]
@@ -88,100 +259,55 @@ class Window:
         """
         if value.device.type == "mps":
             value = value.to("cpu")
-        if name != "moments":
+        if name != "moments" and value.dtype != torch.float64:
             value = value.double()
-        if name in self._sums:
-            value = self._sums[name] + value.to(self._sums[name].device)
+        if (before := self._sums.get(name)) is not None:
+            value = before + value.to(before.device)
         self._sums[name] = value
 
-    def pack(self, split: bool) -> Tensor:
-        """All sums of this process as one float64 vector on the device; its length depends on K and the layer alone."""
-        losses = self._sums["losses"]
-        device, K = losses.device, self.tasks
-        gradients = self._sums.get("gram" if self.matrices is None else "matrices")
+    def not_finite(self, what: str) -> NDArray[np.bool_]:
+        """Which of this process's own sums are not finite, bool ``[K]``; waits for the device.
+
+        Args:
+            what: ``"loss"``, ``"gradient"`` or ``"moment"``, of which the last is not looked for.
+        """
+        own = self._sums.get({"loss": "losses", "gradient": "gradients"}.get(what, ""))
+        if own is None:
+            return np.zeros(self._layout.tasks, dtype=bool)
+        rows = own if what == "loss" else own.diagonal() if self._layout.matrices is None else own.flatten(1).sum(1)
+        bad: NDArray[np.bool_] = ~np.isfinite(rows.cpu().numpy())
+        return bad
+
+    def pack(self) -> tuple[list[float], list[Tensor]]:
+        """All sums of this process: numbers of the host, and the parts of the vector that are on the device.
+
+        Their length depends on the layout alone.
+        """
+        losses, gradients = self._sums["losses"], self._sums.get("gradients")
         tapped = gradients is not None
         if gradients is None:
-            gradients = torch.zeros(K, *(self.matrices or (K,)), dtype=torch.float64, device=device)
-        own = gradients.diagonal() if self.matrices is None else gradients.flatten(1).sum(1)
-        triangles = self._triangles(device)
-        finite = torch.cat([losses, own.to(device), triangles.sum().view(1)]).isfinite()
-        counts = [self.blocks, self.counted, self.vacant, split, tapped, *self._present, *self._items]
-        return torch.cat(
-            [
-                ~finite,
-                to_device(torch.tensor(counts, dtype=torch.float64), device),
-                losses,
-                gradients.flatten().to(device),
-                triangles.flatten(),
-            ]
-        )
+            gradients = torch.zeros(self._layout.gradients, dtype=torch.float64, device=losses.device)
+        arrived = [k in self.arrived for k in range(self._layout.tasks)]
+        numbers = [self.blocks, self._counted, self._empty, self.split, tapped, *arrived, *self._present, *self._items]
+        parts = [losses, gradients.flatten().to(losses.device)]
+        if self._layout.moments is not None:
+            parts.append(self._triangles(losses.device).flatten())
+            self._sums.pop("moments", None)  # large; the rest may be asked for once more, see `not_finite`
+        return numbers, parts
 
     def _triangles(self, device: torch.device) -> Tensor:
         """Strict upper triangles of the moments' skew parts: all that a rotation's gradient needs of them."""
-        if self.moments is None:
-            return torch.zeros(0, 0, dtype=torch.float64, device=device)
-        number, m = self.moments
+        assert self._layout.moments is not None
+        number, m = self._layout.moments
         if "moments" not in self._sums or not number:
-            return torch.zeros(number, m * (m - 1) // 2, dtype=torch.float64, device=device)
+            return torch.zeros(self._layout.triangles, dtype=torch.float64, device=device)
         S = self._sums["moments"].flatten(1)
-        upper, lower = _triangles(m, S.device)
+        upper, lower = _triangle_indices(m, S.device)
         return (S.index_select(1, upper) - S.index_select(1, lower)).double().to(device)
-
-    def condense(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """After the sum over processes, still on the device: what the host reads, and what stays on the device.
-
-        A shared layer's matrices become their Gram matrix; moments stay.
-        """
-        head, K = self._head, self.tasks
-        if self.matrices is not None:
-            matrices = vector[head:].view(K, -1)
-            return torch.cat([vector[:head], (matrices @ matrices.T).flatten()]), vector[:0]
-        return vector[: head + K * K], vector[head + K * K :]
-
-    @property
-    def _head(self) -> int:
-        return 5 * self.tasks + 6
-
-    def unpack(self, vector: Tensor, triangles: Tensor, step: int) -> Sums:
-        """The two parts of ``condense``, the first on the CPU, as statistics of the whole window."""
-        K = self.tasks
-        numbers = [round(x) for x in vector[: 2 * K + 6].tolist()]
-        bad_moments, blocks, counted, vacant, split, tapped = numbers[2 * K :]
-        present, items, losses = vector[2 * K + 6 : self._head].view(3, K)
-        items = items.clamp(min=1)  # 0 where absent, and so are losses and gradients
-        weights = present.sign() / (items if counted else blocks)
-        gram = vector[self._head :].view(K, K) * torch.outer(weights, weights / 2)
-        gram = gram + gram.T
-        known = tapped or vacant == blocks  # nobody there: rows of zeros
-        moments = None
-        if self.moments is not None:
-            number, m = self.moments
-            i, j = torch.triu_indices(K, K, 1)
-            scale = torch.cat([weights[i] * weights[j], weights])[:number]
-            moments = triangles.view(number, m * (m - 1) // 2) * to_device(scale, triangles.device)[:, None]
-        return Sums(
-            statistics=Statistics(
-                losses=losses / items,
-                present=present > 0,
-                norms=gram.diagonal().sqrt() if known else None,
-                gram=gram if known and not split else None,
-                moments=moments,
-                micro_batches=blocks,
-                step=step,
-            ),
-            blocks=blocks,
-            counted=counted,
-            vacant=vacant,
-            split=split,
-            tapped=tapped,
-            bad_losses=numbers[:K],
-            bad_gradients=numbers[K : 2 * K],
-            bad_moments=bad_moments,
-        )
 
 
 @functools.lru_cache(maxsize=8)
-def _triangles(m: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _triangle_indices(m: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the strict upper triangle of a flattened matrix lies, and where its mirror image."""
     i, j = torch.triu_indices(m, m, 1, device=device)
     return i * m + j, j * m + i
@@ -189,6 +315,8 @@ def _triangles(m: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """A small CPU tensor on ``device`` without the host waiting for it."""
+    if device.type == "cpu":
+        return values
     if device.type == "cuda":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)

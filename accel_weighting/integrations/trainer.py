@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accel_weighting import checks
 from accel_weighting.statistics import Method
 from accel_weighting.weighter import Weighter
 
@@ -72,11 +71,11 @@ class WeightingMixin:
         **kwargs: Any,
     ) -> None:
         if tasks is None and heads is None:
-            raise checks.trainer_without_tasks()
+            raise _without_tasks()
         options = dict(weighter_options or {})
         self._weighter_arguments = {"method": weighting, "tasks": tasks or list(heads or {}), "heads": heads, **options}
         super().__init__(*args, **kwargs)
-        checks.trainer(self, "process_group" in options)
+        _check_trainer(self, "process_group" in options)
         # A loss that the model divides by the items of the whole window is a share, not a mean: statistics could not
         # tell a short window from a small loss. So the Trainer neither counts items nor hands the count to the model.
         self.model_accepts_loss_kwargs = False
@@ -100,7 +99,7 @@ class WeightingMixin:
         outputs = model(**inputs)
         losses = outputs.get("losses") if isinstance(outputs, Mapping) else getattr(outputs, "losses", None)
         if losses is None:
-            raise checks.model_without_losses(outputs)
+            raise _model_without_losses(outputs)
         return (losses, outputs) if return_outputs else losses
 
     def count_items(self, inputs: dict[str, Any], outputs: Any) -> int | Mapping[str, int] | None:
@@ -117,7 +116,9 @@ class WeightingMixin:
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:
         """The weighted total, with its graph in training."""
-        losses, outputs = self.compute_losses(model, inputs, return_outputs=True)
+        losses: Mapping[str, Tensor]
+        outputs: Any
+        losses, outputs = self.compute_losses(model, inputs, return_outputs=True)  # type: ignore[assignment]
         total = self.weighter.combine(losses, num_items=self.count_items(inputs, outputs))
         if not return_outputs:
             return total
@@ -128,7 +129,7 @@ class WeightingMixin:
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; closes the window when the Trainer synchronises gradients."""
         try:
-            loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+            loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         except BaseException:
             self.weighter.reset()  # the Trainer may go on, with a smaller batch
             raise
@@ -160,14 +161,14 @@ class WeightingMixin:
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
         """A new model gets a new weighter."""
-        model = super().call_model_init(*args, **kwargs)  # type: ignore[misc]
+        model: nn.Module = super().call_model_init(*args, **kwargs)  # type: ignore[misc]
         if hasattr(self, "weighter"):
             self.weighter.detach()
             self.weighter = self._make_weighter(model)
         return model
 
 
-class WeightedTrainer(WeightingMixin, Trainer):
+class WeightedTrainer(WeightingMixin, Trainer):  # type: ignore[misc]
     """``transformers.Trainer`` with the losses of several tasks weighted; see :class:`WeightingMixin`.
 
     Example::
@@ -181,3 +182,50 @@ class WeightedTrainer(WeightingMixin, Trainer):
         )
         trainer.train()
     """
+
+
+# ---- messages ----------------------------------------------------------------------------------------------------
+
+
+def _without_tasks() -> ValueError:
+    """A Trainer that knows no task."""
+    return ValueError("Give `tasks` (their names), or `heads` ({task: dotted name in the model}), or both.")
+
+
+def _model_without_losses(outputs: Any) -> ValueError:
+    """A model in a Trainer that gives no losses."""
+    found = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+    return ValueError(
+        "The model must return a dictionary `losses`, {task: scalar}, among its outputs, or `compute_losses(model, "
+        f"inputs, return_outputs=False)` must be overridden. Found outputs {found}."
+    )
+
+
+def _check_trainer(trainer: Any, has_group: bool) -> None:
+    """What a transformers Trainer was asked for that cannot go with weighting."""
+    args, parallelism = trainer.args, getattr(trainer.accelerator, "parallelism_config", None)
+    if args.label_smoothing_factor:
+        raise ValueError(
+            "Trainer's label smoothing makes one loss of `labels`, and weighting needs one loss per task: leave "
+            "`label_smoothing_factor` at 0 and smooth where the loss is made, e.g. F.cross_entropy(label_smoothing=…). "
+            f"Found `label_smoothing_factor = {args.label_smoothing_factor}`."
+        )
+    if trainer.compute_loss_func is not None:
+        raise ValueError(
+            "`compute_loss_func` gives one loss, and weighting needs one per task: leave it out and override "
+            "`compute_losses(model, inputs, return_outputs=False)`."
+        )
+    if args.n_gpu > 1:
+        raise NotImplementedError(
+            f"torch's DataParallel would divide every batch over {args.n_gpu} GPUs of this one process, where the "
+            "gradients of a task cannot be told apart: start one process per GPU, with `accelerate launch` or torchrun."
+        )
+    if parallelism is not None and getattr(parallelism, "sp_enabled", False):
+        raise NotImplementedError(
+            "Sequence parallelism computes one loss inside the Trainer; weighting needs one per task."
+        )
+    if getattr(trainer, "is_distributed_loading_by_transformers", False) and not has_group:
+        raise NotImplementedError(
+            "The model was sharded by transformers itself, so that Accelerate does not know its data-parallel group: "
+            "name it in `weighter_options={'process_group': …}`."
+        )

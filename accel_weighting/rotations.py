@@ -1,21 +1,119 @@
-"""Folds the rotations of a trained model into its heads, which then run and ship without this library.
+"""Rotations of the shared representation: what a rotating method is, its matrices on the device, and folding.
 
-``W (R z) = (W R) z``: a rotation disappears in the nn.Linear that reads it. Which one that is, and that it alone reads
-it, is seen by running the head on random numbers; until that is clear for all heads, none is changed.
+Head k of a rotating method reads ``R_k z``. After training ``W (R z) = (W R) z``: a rotation disappears in the
+nn.Linear that reads it, and the model runs and ships without this library. Which Linear that is, and that it alone reads it, is
+seen by running the head on random numbers; until that is clear for all heads, none is changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import checks
-from .branch import rotated
+from . import measure
+from .state import WeighterState
+from .statistics import State
+from .window import Layout
+
+
+class RotatingMethod(Protocol):
+    """What the weighter asks of a method that names ``"moments"`` among its needs.
+
+    It keeps the rotations ``[K, m, m]``, tensors on the device, in its state as ``"rotations"``; the first m features
+    of z are rotated.
+
+    Attributes:
+        dim: The dimension of z that holds the features.
+        size: m; None: all features.
+        cooperative: Whether it reads the products of gradients and features too, the last K of the moments.
+    """
+
+    @property
+    def dim(self) -> int: ...  # noqa: D102
+
+    @property
+    def size(self) -> int | None: ...  # noqa: D102
+
+    @property
+    def cooperative(self) -> bool: ...  # noqa: D102
+
+    def widen(self, state: State, width: int) -> State:
+        """The state with rotations for a z of ``width`` features; called when that is known."""
+
+
+class HasState(Protocol):
+    """Where the weighter's state is."""
+
+    @property
+    def settled(self) -> WeighterState: ...  # noqa: D102
+
+
+class Rotations:
+    """The rotations of one weighter where z is, in its precision, as wide as it is.
+
+    Args:
+        method: The rotating method.
+        steps: Where the weighter's state is, with the last window taken in.
+        layout: The wire format, which learns how many moments there are.
+
+    Attributes:
+        shape: Of z in the last forward; None before the first.
+        folded: Whether the rotations are in the heads now.
+    """
+
+    def __init__(self, method: RotatingMethod, steps: HasState, layout: Layout) -> None:
+        self.dim, self.size, self.cooperative = method.dim, method.size, method.cooperative
+        self.shape: tuple[int, ...] | None = None
+        self.folded = False
+        self._method, self._steps, self._layout = method, steps, layout
+
+    @torch.inference_mode(False)  # what is kept from here must be of use in training
+    def matrices(self, z: Tensor) -> Tensor:
+        """``[K, m, m]`` where ``z`` is: float64 for a float64 model, else float32."""
+        state = self._steps.settled
+        R, width = state.rotations, z.shape[self.dim]
+        if R is None or self.shape is None or self.shape[self.dim] != width:
+            state.method_state = self._method.widen(state.method_state, width)
+            R = state.rotations
+            assert R is not None
+            K = self._layout.tasks
+            self._layout.moments = K * (K - 1) // 2 + (K if self.cooperative else 0), R.shape[-1]
+        self.shape = tuple(z.shape)
+        dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+        if R.device != z.device or R.dtype != dtype:
+            R = R.to(z.device, dtype)
+            state.replace_rotations(R)
+        return R
+
+    def forget_width(self) -> None:
+        """The state was loaded, and may hold rotations of another width."""
+        self.shape = None
+
+    def rotated(self, z: Tensor, R: Tensor) -> Tensor:
+        """``R z`` along the features."""
+        return rotated(z, R, self.dim)
+
+    def cross_products(self, rows: measure.Rows, c: Tensor, z: Tensor | None) -> Tensor:
+        """The moments of one join, ``[number, m, m]``; see ``measure.cross_products``."""
+        assert self._layout.moments is not None
+        return measure.cross_products(rows, c, self._layout.moments[1], self.dim, z)
+
+
+def rotated(z: Tensor, R: Tensor, dim: int = -1) -> Tensor:
+    """``R z``: the first m features, along ``dim``, turned by ``R``, ``[m, m]``."""
+    m, x = len(R), z.movedim(dim, -1)
+    turned = x[..., :m] @ R.to(z.dtype).T
+    if m < x.shape[-1]:
+        turned = torch.cat([turned, x[..., m:]], -1)
+    return turned.movedim(-1, dim)
+
+
+# ---- folding -----------------------------------------------------------------------------------------------------
 
 
 def fold(
@@ -48,9 +146,9 @@ def fold(
     for task, linears in readers.items():
         for linear in linears:
             if (why := _why_not(linear, owners)) is not None:
-                raise checks.head_cannot_be_folded(task, why)
+                raise _cannot_be_folded(task, why)
             if (other := taken.setdefault(id(linear), task)) != task:
-                raise checks.head_cannot_be_folded(task, f"its first Linear is that of task `{other}` too")
+                raise _cannot_be_folded(task, f"its first Linear is that of task `{other}` too")
     for task, linears in readers.items():
         for linear in linears:
             _multiply(linear, rotations[task])
@@ -63,11 +161,11 @@ def _readers(task: str, head: nn.Module, m: int, dim: int, shape: Sequence[int] 
     """
     first = next((module for module in head.modules() if isinstance(module, nn.Linear)), None)
     if first is None:
-        raise checks.head_cannot_be_folded(task, "there is no nn.Linear in it")
+        raise _cannot_be_folded(task, "there is no nn.Linear in it")
     width = first.in_features if shape is None else shape[dim]
     if isinstance(head, nn.Linear):
         if head.in_features != width:
-            raise checks.head_cannot_be_folded(task, f"it reads {head.in_features} features, z has {width}")
+            raise _cannot_be_folded(task, f"it reads {head.in_features} features, z has {width}")
         return [head]
 
     weight = first.weight
@@ -99,15 +197,15 @@ def _readers(task: str, head: nn.Module, m: int, dim: int, shape: Sequence[int] 
             obtained = _run(head, z)
     except Exception as error:
         why = f"it could not be run on a tensor of shape {size} alone ({type(error).__name__}: {error})"
-        raise checks.head_cannot_be_folded(task, why) from error
+        raise _cannot_be_folded(task, why) from error
     found = {id(linear): linear for linear, x in calls if _is(x, calls[0][1]) and linear.in_features == width}
     if not found:
-        raise checks.head_cannot_be_folded(task, f"no nn.Linear in it reads the {width} features of its input")
+        raise _cannot_be_folded(task, f"no nn.Linear in it reads the {width} features of its input")
     if any(id(linear) in found and not _is(x, calls[0][1]) for linear, x in calls):
-        raise checks.head_cannot_be_folded(task, "its first nn.Linear reads something else too")
+        raise _cannot_be_folded(task, "its first nn.Linear reads something else too")
     precision = max(torch.finfo(x.dtype).eps for x in [*(x for _, x in calls), *expected]) ** 0.5
     if not all(_close(a, b, precision) for a, b in zip(expected, obtained, strict=True)):
-        raise checks.head_cannot_be_folded(task, "something else reads its input, or comes before its first nn.Linear")
+        raise _cannot_be_folded(task, "something else reads its input, or comes before its first nn.Linear")
     return list(found.values())
 
 
@@ -196,3 +294,32 @@ def _multiply(linear: nn.Linear, R: Tensor) -> None:
     wide = torch.float32 if W.device.type == "mps" else torch.float64
     m = len(R)
     W[:, :m] = W[:, :m].to(wide) @ R.to(W.device, wide)
+
+
+def _cannot_be_folded(task: str, why: str) -> RuntimeError:
+    """A head that does not begin with a Linear."""
+    return RuntimeError(
+        f"The rotation of task `{task}` cannot be folded into its head: {why}. Nothing was changed in any head. Let "
+        "the head begin with an nn.Linear that alone reads its input (or name that Linear in "
+        "`fold_rotations(heads=...)`), or keep the weighter for inference."
+    )
+
+
+def no_rotations(method: str, rotations: Rotations | None) -> RuntimeError:
+    """Rotations were asked for where there are none."""
+    if rotations is None:
+        return RuntimeError(f"{method} has no rotations.")
+    if rotations.folded:
+        return were_folded()
+    return RuntimeError(
+        "The rotations are as large as the shared representation, which is known after the first forward: run one "
+        "forward before asking for them."
+    )
+
+
+def were_folded() -> RuntimeError:
+    """The weighter is used after its end."""
+    return RuntimeError(
+        "The rotations were folded into the heads, and this weighter is done. To train on, build a new one: its "
+        "rotations begin at the identity, which leaves the folded model as it is."
+    )

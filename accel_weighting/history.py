@@ -1,0 +1,145 @@
+"""History for logs and plots: bounded, with running means and coefficients of variation of the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .statistics import Statistics
+
+CAPACITY = 4096
+"""Entries of the history; past it every second one goes, and from then on every second step is kept."""
+
+PENDING = 64
+"""Steps that wait to be made into rows: most rows are never read, so they are made many at a time."""
+
+GROUPS = ("weight", "loss", "loss_cov", "grad_norm")
+
+Vector = NDArray[np.float64]
+
+
+class History:
+    """Values of every step, bounded, and the running statistics of the losses.
+
+    Args:
+        tasks: Task names.
+    """
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        self.tasks = tuple(tasks)
+        K = len(self.tasks)
+        self._stride = 1
+        self._steps: list[int] = []
+        self._rows: list[NDArray[np.float32]] = []
+        self._moments = np.zeros((3, K))  # of the losses: count, mean, Welford's sum of squared deviations
+        self._latest: Vector = np.full(len(self.names), np.nan)
+        self._pending: list[tuple[int, Vector, Statistics | None, int]] = []
+
+    @property
+    def names(self) -> list[str]:
+        """Names of a row's values, grouped so that a tracker draws them side by side."""
+        pairs = [f"cosine/{a}/{b}" for a, b in combinations(self.tasks, 2)]
+        return [f"{group}/{task}" for group in GROUPS for task in self.tasks] + pairs + ["weighting/skipped_steps"]
+
+    def record(self, step: int, weights: Vector, statistics: Statistics | None, skipped: int) -> None:
+        """A step ended: its weights, what its window saw (None where held or not measured), steps held so far."""
+        self._pending.append((step, weights, statistics, skipped))
+        if len(self._pending) >= PENDING:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Makes rows of the steps that wait."""
+        for step, weights, statistics, skipped in self._pending:
+            self._latest = row = np.concatenate([weights, self._seen(statistics), [skipped]])
+            if step % self._stride == 0:
+                self._steps.append(step)
+                self._rows.append(row.astype(np.float32))
+        self._pending.clear()
+        while len(self._rows) > CAPACITY:
+            self._stride *= 2
+            kept = [(s, r) for s, r in zip(self._steps, self._rows, strict=True) if s % self._stride == 0]
+            self._steps, self._rows = [s for s, _ in kept], [r for _, r in kept]
+
+    def _seen(self, statistics: Statistics | None) -> Vector:
+        """Losses, their coefficients of variation, norms and cosines of one window; NaN where not seen."""
+        K = len(self.tasks)
+        seen = np.full(3 * K + K * (K - 1) // 2, np.nan)
+        if statistics is None:
+            return seen
+        here = statistics.present
+        losses, cov, norms = seen[: 3 * K].reshape(3, K)  # views
+        count, mean, squares = self._moments
+        losses[here] = L = statistics.losses[here]
+        count += here
+        delta = L - mean[here]
+        mean[here] += delta / count[here]
+        squares[here] += delta * (L - mean[here])
+        known = mean != 0
+        cov[known] = np.sqrt(squares[known] / count[known]) / np.abs(mean[known])
+        if statistics.norms is not None:
+            norms[here] = statistics.norms[here]
+        if statistics.gram is not None:
+            lengths = norms[:, None] * norms
+            cosines = np.full((K, K), np.nan)
+            np.divide(statistics.gram, lengths, out=cosines, where=lengths > 0)
+            seen[3 * K :] = cosines[np.triu_indices(K, 1)]
+        return seen
+
+    def _values(self, row: NDArray[Any]) -> dict[str, float]:
+        """A row as ``{name: value}``; what was not seen is left out."""
+        return {name: value for name, value in zip(self.names, row.tolist(), strict=True) if value == value}
+
+    @property
+    def latest(self) -> dict[str, float]:
+        """Values of the last step."""
+        self._settle()
+        return self._values(self._latest)
+
+    @property
+    def entries(self) -> list[tuple[int, dict[str, float]]]:
+        """All that is kept, as ``(step, values)``."""
+        self._settle()
+        return [(step, self._values(row)) for step, row in zip(self._steps, self._rows, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers."""
+        self._settle()
+        rows = np.stack(self._rows) if self._rows else np.zeros((0, len(self._latest)), np.float32)
+        return {
+            "stride": self._stride,
+            "steps": list(self._steps),
+            "rows": torch.from_numpy(rows),
+            "latest": torch.tensor(self._latest),
+            "loss_moments": torch.tensor(self._moments),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], tasks: Sequence[str]) -> None:
+        """The history of ``tasks``: what it knows of the tasks here."""
+        here = [_index(column, _columns(tasks)) for column in _columns(self.tasks)]
+        rows, latest = (_select(state[name], here, np.nan) for name in ("rows", "latest"))
+        moments = _select(state["loss_moments"], [_index(task, tasks) for task in self.tasks], 0.0)
+        self._stride, self._steps = state["stride"], list(state["steps"])
+        self._rows, self._latest, self._moments = list(rows), latest, moments
+        self._pending = []
+
+
+def _columns(tasks: Sequence[str]) -> list[tuple[str, frozenset[str]]]:
+    """What a row's values are of, in whatever order two tasks are named."""
+    groups = [(group, frozenset([task])) for group in GROUPS for task in tasks]
+    return [*groups, *(("cosine", frozenset(pair)) for pair in combinations(tasks, 2)), ("skipped", frozenset())]
+
+
+def _index(item: Any, known: Sequence[Any]) -> int:
+    """Where it is; -1 where it is not."""
+    return known.index(item) if item in known else -1
+
+
+def _select(x: Tensor, columns: Sequence[int], missing: float) -> NDArray[Any]:
+    """Columns of the last dimension, ``missing`` where there is none."""
+    return torch.cat([x, x.new_full((*x.shape[:-1], 1), missing)], -1)[..., columns].numpy().copy()

@@ -1,0 +1,125 @@
+"""From the losses that a user passes to one vector: their names, who is present, bounds, and zeros for who is not."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import checks
+from .branch import zero_with_graph
+from .window import to_device
+
+Losses = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
+NumItems = int | Mapping[str, int] | None
+
+
+@dataclass(frozen=True)
+class Given:
+    """The losses of one micro-batch, checked.
+
+    Attributes:
+        named: ``{task: loss}``, in whatever order.
+        present: Indices of the tasks that have samples in it.
+        empty: Indices of the tasks that were said to have none (a count of 0).
+        counts: How many items each loss is the mean of, ``[K]``; None where the block was not counted.
+    """
+
+    named: Mapping[str, Tensor]
+    present: frozenset[int]
+    empty: frozenset[int]
+    counts: Sequence[float] | None
+
+    @classmethod
+    def parse(cls, losses: Any, num_items: Any, tasks: Sequence[str]) -> Given:
+        """Whatever the losses came in, by name; an error names all that is wrong."""
+        named = checks.losses_by_task(losses, tasks)
+        if num_items is None:
+            counts, empty = None, frozenset[int]()
+        else:
+            counts, empty = _item_counts(num_items, named, tasks)
+        present = frozenset([k for k, task in enumerate(tasks) if task in named and k not in empty])
+        return cls(named, present, empty, counts)
+
+    def vector(self, tasks: Sequence[str], head_outputs: Callable[[int], list[Tensor]]) -> Tensor:
+        """The losses in task order, ``[K]``, float64 if one of them is, else float32.
+
+        Absent ones are 0, with a path of zeros to the head (or else to the loss that came) where a count of 0 said so.
+        """
+        some = next(iter(self.named.values()))
+        wide = any(loss.dtype == torch.float64 for loss in self.named.values())
+        device, dtype = some.device, torch.float64 if wide else torch.float32
+        rows = []
+        for k, task in enumerate(tasks):
+            row = self.named[task] if k in self.present else self._zero(k, task, some, head_outputs)
+            rows.append(row if row.dtype == dtype and row.device == device else row.to(device, dtype))
+        return torch.stack(rows)
+
+    def _zero(self, k: int, task: str, some: Tensor, head_outputs: Callable[[int], list[Tensor]]) -> Tensor:
+        if k in self.empty and torch.is_grad_enabled():
+            sources = head_outputs(k)
+            if not sources and task in self.named and self.named[task].requires_grad:
+                sources = [self.named[task]]
+            if sources:
+                return zero_with_graph(sources)
+        return some.new_zeros(())
+
+    def scale(self, like: Tensor) -> Tensor | None:
+        """What every task's gradient is divided by besides its factor, ``[K]``: the reciprocal of its count."""
+        if self.counts is None:
+            return None
+        counts = [max(count, 1.0) for count in self.counts]
+        return 1 / to_device(torch.tensor(counts, dtype=like.dtype), like.device)
+
+
+def _item_counts(
+    num_items: Any, losses: Mapping[str, Any], tasks: Sequence[str]
+) -> tuple[list[float] | None, frozenset[int]]:
+    """Counts per task (None where the block was not counted) and the tasks said to have no items in it."""
+    given = num_items if isinstance(num_items, Mapping) else dict.fromkeys(losses, num_items)
+    checks.known(given, tasks)
+    counts: dict[str, float] = {}
+    wrong = {}
+    for task, count in given.items():
+        if isinstance(count, Tensor) and count.ndim == 0 and count.device.type == "cpu":
+            count = count.item()
+        number = float(count) if isinstance(count, numbers.Real) and not isinstance(count, bool) else -1.0
+        if number >= 0 and number.is_integer():
+            counts[task] = number
+        else:
+            wrong[task] = count
+    checks.counts_are_integers(wrong)
+    empty = frozenset(tasks.index(task) for task, count in counts.items() if count == 0)
+    positive = {task: count for task, count in counts.items() if count > 0}
+    if not positive:
+        return None, empty
+    checks.every_loss_is_counted(losses, counts)
+    return [positive.get(task, 0.0) for task in tasks], empty
+
+
+class OnDevice:
+    """Copies of small host vectors where the losses are; a vector that is handed in again is not copied again."""
+
+    def __init__(self) -> None:
+        self._copies: dict[str, tuple[NDArray[Any], Tensor]] = {}
+
+    def __call__(self, name: str, values: NDArray[Any], like: Tensor) -> Tensor:
+        """``values`` on the device and in the precision of ``like``.
+
+        Args:
+            name: What they are.
+            values: An array that is replaced, never changed in place.
+            like: Where they are wanted.
+        """
+        kept = self._copies.get(name)
+        if kept is not None and kept[0] is values and kept[1].dtype == like.dtype and kept[1].device == like.device:
+            return kept[1]
+        with torch.inference_mode(False):  # what is kept must be of use in training
+            copy = to_device(torch.tensor(values, dtype=like.dtype), like.device)
+        self._copies[name] = values, copy
+        return copy

@@ -1,0 +1,255 @@
+"""The verdict on a step, from the reduced numbers alone, and so the same on every process and for both lags.
+
+The processes agree, or all of them raise. The window is usable, or held (a loss or a gradient was not finite), or it
+breaks a rule of the method, and all of them raise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import checks
+from .processes import BITS, Processes, signature_pieces
+from .state import WeighterState
+from .statistics import Method, Statistics
+from .window import Sums, Window
+
+logger = logging.getLogger("accel_weighting")
+
+GRADIENTS = frozenset({"norms", "gram", "moments"})
+"""Statistics that are taken at the branch point."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A window that leaves weights and state as they are.
+
+    Attributes:
+        message: What was not finite.
+        counts: Whether it counts towards ``max_skipped_steps``.
+    """
+
+    message: str
+    counts: bool
+
+
+class Verdict:
+    """Judges every step of one weighter.
+
+    Args:
+        method: The weighting method.
+        tasks: Task names.
+        settings: What all processes must have alike, besides step, weights and state.
+        processes: The processes that summed.
+        has_scaler: Whether a loss scale is in use: an overflow of gradients is then the scaler's business.
+        why_missed: The error for tasks of which no gradient came to the branch point.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        tasks: Sequence[str],
+        settings: Mapping[str, Any],
+        processes: Processes,
+        has_scaler: Callable[[], bool],
+        why_missed: Callable[[Sequence[str], bool], Exception],
+    ) -> None:
+        self._method, self._tasks, self._settings = method, tuple(tasks), settings
+        self._processes, self._has_scaler, self._why_missed = processes, has_scaler, why_missed
+        self._digest = signature_pieces(hashlib.blake2b(repr(settings).encode()).digest(), 2)
+        self._warned: set[str] = set()
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return self._processes.rank
+
+    # ---- agreement ---------------------------------------------------------------------------------------------
+
+    def signature(self, state: WeighterState) -> list[int]:
+        """Settings, step, weights and state as small integers; alike on all processes or something is wrong."""
+        if self._processes.world == 1:
+            return []
+        return [*self._digest, state.step % (1 << BITS), *signature_pieces(state.digest(), 2)]
+
+    def check_agreement(self, agreed: bool, state: WeighterState, step: int) -> None:
+        """All processes raise, and say about what and who, unless they ``agreed``."""
+        if agreed:
+            return
+        description = {
+            **self._settings,
+            "step": step,
+            "weights": state.weights.tolist(),
+            "state": state.digest().hex()[:8],
+        }
+        if (rotations := state.rotations) is not None:
+            description["rotations"] = hashlib.blake2b(rotations.cpu().numpy().tobytes()).hexdigest()[:8]
+        raise _disagreement(self._processes.gather(description), step)
+
+    # ---- the window --------------------------------------------------------------------------------------------
+
+    def judge(self, sums: Sums, window: Window) -> Statistics | Held:
+        """The statistics of a window that can be used, or that it is held.
+
+        Args:
+            sums: What all processes saw.
+            window: What this one saw; read for the words of a warning alone.
+
+        Raises:
+            ValueError: Counts were mixed, or a loss that must be positive is negative.
+            RuntimeError: A gradient that the method needs did not come to the branch point, or gradients whose inner
+                products it needs came there in different tensors.
+        """
+        if sums.mixed_counts:
+            raise _mixed_counts(sums.counted, sums.blocks, sums.step)
+        if not sums.finite:
+            for what, bad in sums.not_finite().items():
+                if bad.any():
+                    return self._hold(what, bad, window.not_finite(what), sums.step)
+        statistics = sums.statistics()
+        if self._method.positive_losses:
+            self._check_signs(statistics)
+        if self._method.needs & GRADIENTS:
+            self._check_gradients(sums, statistics)
+        return statistics
+
+    def _hold(self, what: str, bad: NDArray[np.bool_], here: NDArray[np.bool_], step: int) -> Held:
+        places = [""] * len(bad)
+        if self._processes.world > 1:
+            this = f" on process {self._processes.rank} of {self._processes.world}"
+            places = [this if is_here else " on another process" for is_here in here]
+        found = [(task, place) for task, place, is_bad in zip(self._tasks, places, bad, strict=True) if is_bad]
+        message = _not_finite(what, found, step)
+        self.warn_once(what, message, also=bool(here.any()))
+        return Held(message, counts=what == "loss" or not self._has_scaler())
+
+    def _check_signs(self, statistics: Statistics) -> None:
+        negative = statistics.losses < 0
+        if negative.any():
+            names = [task for task, is_negative in zip(self._tasks, negative, strict=True) if is_negative]
+            raise _negative_losses(repr(self._method), names, statistics.losses[negative].tolist(), statistics.step)
+
+    def _check_gradients(self, sums: Sums, statistics: Statistics) -> None:
+        missed = statistics.present & (sums.arrived == 0)
+        if missed.any():
+            names = [task for task, is_missed in zip(self._tasks, missed, strict=True) if is_missed]
+            raise self._why_missed(names, not sums.arrived.any())
+        if self._method.needs & {"gram", "moments"}:
+            if sums.split:
+                raise _unrelated_gradients(repr(self._method), statistics.step)
+            if "shared" not in self._warned:
+                self._warn_if_no_sample_is_shared(statistics)
+
+    def _warn_if_no_sample_is_shared(self, statistics: Statistics) -> None:
+        """At z, inner products of exactly 0 between all tasks say that no sample has two of them."""
+        M = statistics.gram
+        if self._settings["shared_layer"] is not None or M is None:
+            return
+        if np.count_nonzero(M.diagonal()) > 1 and np.count_nonzero(M) == np.count_nonzero(M.diagonal()):
+            self.warn_once("shared", _no_sample_is_shared(repr(self._method), "moments" in self._method.needs))
+
+    def warn_of_half_precision(self, losses: Mapping[str, Tensor]) -> None:
+        """Once, where a loss comes in half precision."""
+        if "half" in self._warned:
+            return
+        for loss in losses.values():
+            if loss.dtype in (torch.bfloat16, torch.float16):
+                self.warn_once("half", checks.losses_in_half_precision(str(loss.dtype)))
+                return
+
+    def warn_once(self, about: str, message: str, also: bool = False) -> None:
+        """On the first process and, where it is ``also`` for this one, here; the first time."""
+        if about not in self._warned and (also or self._processes.rank == 0):
+            logger.warning(message)
+        self._warned.add(about)
+
+
+# ---- messages ----------------------------------------------------------------------------------------------------
+
+
+def _disagreement(descriptions: Sequence[Mapping[str, Any]], step: int) -> RuntimeError:
+    """The processes do not agree; says about what, and who differs from most."""
+    first = descriptions[0]
+    differing = [key for key in first if any(other[key] != first[key] for other in descriptions)]
+    tables = []
+    for key in differing or ["state"]:
+        owners: dict[str, list[int]] = {}
+        for rank, description in enumerate(descriptions):
+            owners.setdefault(str(description[key]), []).append(rank)
+        by_number = sorted(owners.items(), key=lambda item: -len(item[1]))
+        rows = [f"  process{'es' * (len(r) > 1)} {', '.join(map(str, r))}: {value}" for value, r in by_number]
+        tables.append("\n".join([f"{key}:", *rows]))
+    if "tasks" in differing:
+        what = "The processes were built with different tasks"
+    elif differing and "state" not in differing:
+        what = f"The processes no longer agree at step {step}: different {', '.join(differing)}"
+    else:
+        what = f"The processes no longer agree at step {step}: weights, method state or settings differ"
+    return RuntimeError(
+        f"{what}.\n" + "\n".join(tables) + "\nWeights must only change through the weighter, and every process must "
+        "build it alike and take the same steps."
+    )
+
+
+def _mixed_counts(counted: int, blocks: int, step: int) -> ValueError:
+    """Some blocks counted, some not."""
+    return ValueError(
+        f"Counts must come for all blocks of a window or for none. At optimizer step {step}, {counted} of {blocks} "
+        "micro-batches over all processes came with positive `num_items`."
+    )
+
+
+def _negative_losses(method: str, tasks: Sequence[str], losses: Sequence[float], step: int) -> ValueError:
+    """A method that divides by losses met a negative one."""
+    found = ", ".join(f"Task `{t}` averaged {x:.4g}" for t, x in zip(tasks, losses, strict=True))
+    return ValueError(
+        f"{method} divides by losses and needs them positive. {found} over optimizer step {step}. Shift it or use a "
+        "method without loss ratios."
+    )
+
+
+def _unrelated_gradients(method: str, step: int) -> RuntimeError:
+    """The Gram matrix is needed and only norms are known."""
+    return RuntimeError(
+        f"{method} needs the inner products of the tasks' gradients, but at optimizer step {step} the heads were fed "
+        "different tensors, so that only norms are known. Call `weighter.branch(z)` once in the model's forward and "
+        "derive every head's input from its own alias."
+    )
+
+
+def _no_sample_is_shared(method: str, rotates: bool) -> str:
+    """Gradients of different tasks sit in different rows of z."""
+    cure = (
+        "The rotations stay where they are."
+        if rotates
+        else "Give `shared_layer`, an nn.Linear whose output is the branch point: gradients of different samples meet "
+        "at its weight."
+    )
+    return (
+        f"{method} compares the gradients of different tasks, but no sample of this window had two of them, so that at "
+        f"the shared representation their inner products are exactly 0 and no conflict can be seen. {cure}"
+    )
+
+
+def _not_finite(what: str, found: Sequence[tuple[str, str]], step: int) -> str:
+    """Which losses or gradients were not finite, and where; weights are held."""
+    subject = "Loss `{}`" if what == "loss" else "Gradient of loss `{}` at the shared representation"
+    parts = [f"{subject.format(task)} was not finite{place}" for task, place in found]
+    return f"{'; '.join(parts)} at optimizer step {step}; weights are held."
+
+
+def too_many_held(message: str, held: int, limit: int) -> RuntimeError:
+    """Held steps in a row beyond the limit."""
+    return RuntimeError(
+        f"{message} {held} steps in a row exceed `max_skipped_steps = {limit}`: look for the cause in the data or the "
+        "learning rate."
+    )
