@@ -159,7 +159,7 @@ def initial_vector(tasks: Sequence[str], values: InitialWeights, default: float 
         return np.full(len(tasks), default, np.float64)
     if isinstance(values, Mapping):
         return np.array([values.get(task, default) for task in tasks], np.float64)
-    return np.array(values.detach().cpu() if isinstance(values, Tensor) else values, np.float64)
+    return np.array(values.detach().cpu().numpy() if isinstance(values, Tensor) else values, np.float64)
 
 
 # ---- hyperparameters and their rules -------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ def _check(method: Any) -> None:
     if not dataclasses.is_dataclass(method):
         return
     called = {f.name: f.metadata.get("called", f.name) for f in dataclasses.fields(method)}
-    for name, rule in _rules(type(method)).items():
+    for name, rule in _rules(method.__class__).items():
         value = getattr(method, name)
         if value is None and rule.optional:
             continue
@@ -393,7 +393,7 @@ def check_tasks(method: Any, tasks: Sequence[str]) -> None:
         ValueError: Lists the names that are not, with a guess at what was meant, and the tasks that are missing where
             all are to be named.
     """
-    for parameter, rule in _rules(type(method)).items():
+    for parameter, rule in _rules(method.__class__).items():
         found = (getattr(method, parameter) or ()) if rule.of_tasks else ()
         unknown = [name for name in found if name not in tasks]
         missing = [name for name in tasks if name not in found] if rule.of_all else []

@@ -379,7 +379,7 @@ def orthogonalise(R: Tensor) -> Tensor:
 def haar(K: int, m: int, seed: int) -> Tensor:
     """K rotations, uniform on SO(m) (Mezzadri, math-ph/0609050), float64 ``[K, m, m]``."""
     generator = torch.Generator().manual_seed(seed)
-    Q, T = torch.linalg.qr(torch.randn(K, m, m, dtype=torch.float64, generator=generator))
-    Q = Q * T.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
+    Q_, T = torch.linalg.qr(torch.randn(K, m, m, dtype=torch.float64, generator=generator))
+    Q: Tensor = Q_ * T.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
     Q[:, :, 0] *= torch.linalg.det(Q).sign()[:, None]
     return Q
