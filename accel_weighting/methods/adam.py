@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from accel_weighting.statistics import State
 
 
 def adam_state(tasks: int) -> State:
     """Moments and step counts of ``tasks`` parameters before their first step, each ``[K]``."""
-    return {key: torch.zeros(tasks, dtype=torch.float64) for key in ("adam_mean", "adam_square", "adam_steps")}
+    return {key: np.zeros(tasks) for key in ("adam_mean", "adam_square", "adam_steps")}
 
 
 def adam_step(
-    parameters: Tensor,
-    gradient: Tensor,
+    parameters: NDArray[np.float64],
+    gradient: NDArray[np.float64],
     state: State,
-    active: Tensor,
+    active: NDArray[np.bool_],
     lr: float,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-) -> tuple[Tensor, State]:
+) -> tuple[NDArray[np.float64], State]:
     """One bias-corrected step of Adam on the ``active`` parameters; the others keep value, moments and step count.
 
     Every task counts its own steps, so that one which was absent for a while is corrected for what it has seen.
@@ -40,14 +40,17 @@ def adam_step(
         The next parameters, and the three keys of :func:`adam_state` to merge into the next state.
 
     Example:
-        >>> theta, seen = torch.zeros(2, dtype=torch.float64), torch.tensor([True, False])
-        >>> adam_step(theta, torch.ones(2, dtype=torch.float64), adam_state(2), seen, lr=0.1)[0]
-        tensor([-0.1000,  0.0000], dtype=torch.float64)
+        >>> adam_step(np.zeros(2), np.ones(2), adam_state(2), np.array([True, False]), lr=0.1)[0]
+        array([-0.1,  0. ])
     """
+    m, v = state["adam_mean"], state["adam_square"]
     steps = state["adam_steps"] + active
-    mean = torch.where(active, state["adam_mean"].lerp(gradient, 1 - betas[0]), state["adam_mean"])
-    square = torch.where(active, state["adam_square"].lerp(gradient**2, 1 - betas[1]), state["adam_square"])
-    corrected = mean / (1 - betas[0] ** steps), square / (1 - betas[1] ** steps)  # 0 / 0 before a task's first step
-    stepped = parameters - lr * corrected[0] / (corrected[1].sqrt() + eps)
-    moments = {"adam_mean": mean, "adam_square": square, "adam_steps": steps}
-    return torch.where(active, stepped, parameters), moments
+    mean = m + (1 - betas[0]) * (gradient - m)
+    square = v + (1 - betas[1]) * (gradient * gradient - v)
+    taken = np.maximum(steps, 1)  # before a task's first step there is nothing to correct
+    corrected = mean / (1 - betas[0] ** taken), square / (1 - betas[1] ** taken)
+    stepped = parameters - lr * corrected[0] / (np.sqrt(corrected[1]) + eps)
+    if np.count_nonzero(active) < len(active):
+        pairs = (stepped, parameters), (mean, m), (square, v)
+        stepped, mean, square = (np.where(active, new, old) for new, old in pairs)
+    return stepped, {"adam_mean": mean, "adam_square": square, "adam_steps": steps}

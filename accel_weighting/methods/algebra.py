@@ -1,20 +1,41 @@
-"""Arithmetic that several methods share: sums that stay, and small linear algebra on Gram matrices."""
+"""What several methods share: sums that stay, small linear algebra on Gram matrices, and two bases."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from accel_weighting.statistics import Method, State, Statistics, initial_vector
+from accel_weighting.statistics import InitialWeights, Method, State, Statistics, check_tasks, initial_vector
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 FLOOR = 1e-6
 """Smallest weight on a loss. At 0 the gradient of that task could no longer be observed in the one backward."""
 
+TINY = 1e-30
+"""At or below it a loss, or a mean of losses, counts as 0: its inverse would leave float32."""
 
-def share(old: Tensor, new: Tensor, present: Tensor) -> Tensor:
+SMALLEST = float(np.finfo(np.float64).tiny)
+"""What a sum of losses, all of which may have reached 0, is divided by at least."""
+
+RANK = 1e-7
+"""Relative eigenvalue of a matrix of cosines below which it counts as 0: gradients are met in float32."""
+
+ROUNDING = 1e-12
+"""Relative difference that the order of a sum can make.
+
+A sign decided by a smaller difference would depend on how the batch is partitioned.
+"""
+
+LIMIT = 1e3
+"""Largest weight, about, that a Gram method may answer with where its own formula has a pole."""
+
+
+def share(old: Array, new: Array, present: Mask) -> Array:
     """Absent tasks keep their ``old`` weight; present ones take ``new``, scaled so that the sum of ``old`` stays.
 
     Args:
@@ -22,19 +43,60 @@ def share(old: Tensor, new: Tensor, present: Tensor) -> Tensor:
         new: Proposed weights, ``[K]``; read where ``present``, positive there.
         present: bool ``[K]``.
     """
-    proposed = new.clamp(min=FLOOR).where(present, 0.0)
-    left = old.where(present, 0.0).sum()
-    return torch.where(present, proposed * (left / proposed.sum()), old)
+    proposed, left = np.maximum(new, FLOOR), old
+    if np.count_nonzero(present) < len(present):
+        proposed, left = np.where(present, proposed, 0.0), np.where(present, old, 0.0)
+        if not np.count_nonzero(present):
+            return old
+    shared: Array = proposed * (left.sum() / proposed.sum())
+    return shared if left is old else np.where(present, shared, old)
 
 
-RANK = 1e-7
-"""Relative eigenvalue of a matrix of cosines below which it counts as 0: gradients are met in float32."""
+def softmax(scores: Array, among: Mask) -> Array:
+    """The softmax of the ``scores`` of the tasks ``among``; 0 for the others, whose scores are not read."""
+    if not among.any():
+        return np.zeros(len(scores))
+    scores = np.where(among, scores, -np.inf)
+    powers = np.exp(scores - scores.max())
+    shares: Array = powers / powers.sum()
+    return shares
 
-ROUNDING = 1e-12
-"""Relative difference that the order of a sum can make: a sign that hangs on less would differ from cut to cut."""
 
-LIMIT = 1e3
-"""Largest weight, about, that a Gram method may answer with where its own formula has a pole."""
+def log(x: Array, where: Mask) -> Array:
+    """The logarithm of ``x``, 0 elsewhere."""
+    logarithm: Array = np.log(np.where(where, x, 1.0))
+    return logarithm
+
+
+def lerp(start: Array, end: Array, weight: float) -> Array:
+    """From ``start``, at weight 0 to the last bit, to ``end``, at weight 1."""
+    difference = end - start
+    return start + weight * difference if weight < 0.5 else end - (1 - weight) * difference
+
+
+def mixed_seed(seed: int, counter: int) -> int:
+    """A seed for draw number ``counter``: 32 bits, since torch's CPU generator reads no more of it."""
+    return (seed * 0x9E3779B1 + counter) & 0xFFFFFFFF
+
+
+class LossMethod(Method):
+    """Base of the methods that are a function of positive losses alone.
+
+    Their weights begin equal, with a sum of K or of 1, unless initial weights are given; what they remember of a task
+    begins at 0.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"losses"})
+    positive_losses: ClassVar[bool] = True
+    sum_of_one: ClassVar[bool] = False
+    memory: ClassVar[tuple[str, ...]] = ()
+
+    def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
+        """Equal weights unless ``initial_weights`` say otherwise, and nothing remembered."""
+        check_tasks(self, tasks)
+        default = 1 / len(tasks) if self.sum_of_one else 1.0
+        weights = np.maximum(initial_vector(tasks, initial_weights, default), FLOOR)
+        return weights, {"weights": weights, **{name: np.zeros(len(tasks)) for name in self.memory}}
 
 
 class GramMethod(Method):
@@ -51,28 +113,26 @@ class GramMethod(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
     acts_on: ClassVar[Literal["losses", "shared"]] = "shared"
 
-    def solve(self, M: Tensor) -> Tensor:
+    def solve(self, M: Array) -> Array:
         """The weights ``[K]`` for a Gram matrix ``M``, float64 ``[K, K]``, of mean diagonal 1, no task absent."""
         raise NotImplementedError
 
-    def init(
-        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
         """The solution for orthonormal gradients; tasks named in ``initial_weights`` have theirs."""
-        weights = self.solve(torch.eye(len(tasks), dtype=torch.float64))
+        weights = self.solve(np.eye(len(tasks)))
         if initial_weights is not None:
             weights = initial_vector(tasks, initial_weights, default=float(weights[0]))
         return weights, {"weights": weights}
 
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+    def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """The solution for this window's Gram matrix; the state holds nothing but the weights."""
         weights = solve_present(self.solve, state["weights"], statistics, self.keeps_sum)
         return weights, {"weights": weights}
 
 
 def solve_present(
-    solve: Callable[[Tensor], Tensor], old: Tensor, statistics: Statistics, keeps_sum: bool = False
-) -> Tensor:
+    solve: Callable[[Array], Array], old: Array, statistics: Statistics, keeps_sum: bool = False
+) -> Array:
     """Drops absent tasks, normalises the Gram matrix by its trace, solves, and puts the weights back in place.
 
     Args:
@@ -83,25 +143,31 @@ def solve_present(
     """
     assert statistics.gram is not None
     present = statistics.present
-    weights = old.clone()
+    weights = old.copy()
     left = float(old[present].sum()) if keeps_sum else 1.0
     if not present.any() or left <= 0:
         return weights
-    M = statistics.gram[present][:, present].to(torch.float64)
+    M = statistics.gram[present][:, present]
     scale = M.diagonal().mean()
-    M = (M + M.T) / (2 * scale) if scale > 0 else torch.eye(len(M), dtype=torch.float64)
+    M = (M + M.T) / (2 * scale) if scale > 0 else np.eye(len(M))
     weights[present] = left * solve(M)
     return weights
 
 
-def cosines(M: Tensor) -> tuple[Tensor, Tensor]:
+def cosines(M: Array) -> tuple[Array, Array]:
     """Cosines ``[K, K]``, 0 for a zero gradient, and norms ``[K]`` of the gradients whose Gram matrix is ``M``."""
-    n = M.diagonal().clamp(min=0).sqrt()
-    inverse = torch.where(n > 0, 1 / n, 0.0)
+    n = np.sqrt(np.maximum(M.diagonal(), 0))
+    inverse = reciprocal(n)
     return M * inverse * inverse[:, None], n
 
 
-def equal_projections(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reciprocal(n: Array) -> Array:
+    """``1 / n`` where n is positive, 0 elsewhere."""
+    positive = n > 0
+    return np.where(positive, 1 / np.where(positive, n, 1.0), 0.0)
+
+
+def equal_projections(M: Array) -> tuple[Array, Array, float]:
     """Coefficients of the unit gradients ``u_k`` whose sum ``Σ a_k u_k`` has equal projections on all of them.
 
     ``a = C⁺1`` with the cosines C; the gradients' lengths play no part. Where 1 is in the null space of C the unit
@@ -112,21 +178,23 @@ def equal_projections(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ``u_k``, ``[K]``, which are 1 where C is regular; and ``Σa``.
     """
     C, n = cosines(M)
-    a = torch.linalg.pinv(C, rtol=RANK, hermitian=True).sum(1)
+    c, E = np.linalg.eigh(C)
+    keep = np.abs(c) > RANK * np.abs(c).max()
+    a = E @ (np.where(keep, E.sum(0), 0.0) / np.where(keep, c, 1.0))  # C⁺1
     p = C @ a
     if a.sum() <= RANK * len(M):
-        a = p = (n > 0).to(M.dtype)
-    return torch.where(n > 0, a / n, 0.0), p, a.sum()
+        a = p = (n > 0).astype(np.float64)
+    return a * reciprocal(n), p, float(a.sum())
 
 
-def increasing_root(f: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, tolerance: Tensor) -> Tensor:
+def increasing_root(f: Callable[[float], float], low: float, high: float, tolerance: float) -> float:
     """Where ``f``, increasing and at most 0 at ``low``, is 0 up to ``tolerance``; ``high`` where it is nowhere above 0.
 
     Both ends are only as exact as rounding lets them be: an end where ``f`` is 0 up to the tolerance is the answer, and
     so is the low end where ``f`` is already above 0 there. Regula falsi in the Illinois variant: a few steps where f is
     piecewise linear.
     """
-    below, above, last = f(low), f(high), 0 * low
+    below, above, last = f(low), f(high), 0.0
     if below >= -tolerance:
         return low
     if above <= tolerance:
@@ -135,7 +203,7 @@ def increasing_root(f: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, to
     for _ in range(60):  # above - below > 2 tolerance: no division by 0
         x = high - above * (high - low) / (above - below)
         y = f(x)
-        if y.abs() <= tolerance:
+        if abs(y) <= tolerance:
             break
         again = y * last > 0  # the same side twice: halve the other end's value (the Illinois step)
         last = y
@@ -146,12 +214,7 @@ def increasing_root(f: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, to
     return x
 
 
-def mixed_seed(seed: int, counter: int) -> int:
-    """A seed for draw number ``counter``: 32 bits, since torch's CPU generator reads no more of it."""
-    return (seed * 0x9E3779B1 + counter) & 0xFFFFFFFF
-
-
-def min_norm(M: Tensor, m: Tensor | None = None) -> Tensor:
+def min_norm(M: Array, m: float | None = None) -> Array:
     """``argmin αᵀMα`` over the simplex: the shortest vector in the convex hull of the gradients. Exact.
 
     It is ``α = u/Σu``, ``u = argmin_{u ≥ 0} ½uᵀ(M + m·11ᵀ)u − 1ᵀu`` for any ``m > 0``: the optimality conditions are
@@ -163,41 +226,43 @@ def min_norm(M: Tensor, m: Tensor | None = None) -> Tensor:
             the result of a subtraction, so that its smallest entry may be noise.
     """
     if m is None:
-        m = M.diagonal().min()
+        m = float(M.diagonal().min())
         if m <= 0:
-            zero = (M.diagonal() <= 0).to(M.dtype)
-            return zero / zero.sum()
-    s = (M.diagonal() / m + 1).rsqrt()  # scales the diagonal to 1, after a division by m
+            zero: Array = (M.diagonal() <= 0).astype(np.float64)
+            return zero / np.count_nonzero(zero)
+    s = 1 / np.sqrt(M.diagonal() / m + 1)  # scales the diagonal to 1, after a division by m
     Q = (M / m + 1) * s * s[:, None]
-    values, V = torch.linalg.eigh(Q)
+    values, V = np.linalg.eigh(Q)
     null = V[:, values < 1e-13 * len(M)]
     P = 1e-6 * null @ null.T
     x = nonnegative_minimum(Q + P, s)
     for _ in range(3 * bool(P.any())):  # proximal steps: what P took off the optimum is given back
         x = nonnegative_minimum(Q + P, s + P @ x)
-    return s * x / (s * x).sum()
+    alpha: Array = s * x / (s * x).sum()
+    return alpha
 
 
-def nonnegative_minimum(Q: Tensor, b: Tensor) -> Tensor:
+def nonnegative_minimum(Q: Array, b: Array) -> Array:
     """``argmin_{x ≥ 0} ½xᵀQx − bᵀx`` for a positive definite ``Q``, by the active set of Lawson and Hanson (1974)."""
-    x = torch.zeros_like(b)
-    free = torch.ones_like(b, dtype=torch.bool)
+    x = np.zeros_like(b)
+    free = np.ones(len(b), np.bool_)
     for _ in range(10 * len(b)):
         while True:
-            z = torch.zeros_like(x)
-            z[free] = torch.linalg.solve(Q[free][:, free], b[free])
+            z = np.zeros_like(x)
+            z[free] = np.linalg.solve(Q[free][:, free], b[free])
             blocking = free & (z <= 0)
             if not blocking.any():
                 break
-            step = (x / (x - z)).where(blocking, torch.inf)
+            step = np.full(len(x), np.inf)
+            step[blocking] = x[blocking] / (x - z)[blocking]
             x = x + step.min() * (z - x)
             free = free & (step > step.min())
-            x = x.where(free, 0.0)
+            x = np.where(free, x, 0.0)
         x = z
         descent = b - Q @ x
-        noise = 8 * torch.finfo(b.dtype).eps * (Q.abs() @ x + b.abs())
+        noise = 8 * np.finfo(np.float64).eps * (np.abs(Q) @ x + np.abs(b))
         candidates = ~free & (descent > noise)
         if not candidates.any():
             break
-        free[descent.where(candidates, -torch.inf).argmax()] = True
+        free[np.where(candidates, descent, -np.inf).argmax()] = True
     return x

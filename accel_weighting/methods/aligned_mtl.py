@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from accel_weighting.methods.algebra import RANK, GramMethod, cosines
-from accel_weighting.statistics import require
+from accel_weighting.methods.algebra import RANK, Array, GramMethod, cosines, reciprocal
 
 
 @dataclass(frozen=True)
@@ -33,19 +31,17 @@ class AlignedMTL(GramMethod):
 
     scale: Literal["min", "median", "rmse"] = "min"
 
-    def __post_init__(self) -> None:
-        require(self, "scale", self.scale in ("min", "median", "rmse"), "be 'min', 'median' or 'rmse'")
-
-    def solve(self, M: Tensor) -> Tensor:
+    def solve(self, M: Array) -> Array:
         """Row means of the balance matrix B, ``[K]``."""
         C, n = cosines(M)
-        order = n.argsort(descending=True)  # rows that fall in length keep their digits in the decomposition
+        order = np.argsort(-n, kind="stable")  # rows that fall in length keep their digits in the decomposition
         C, n = C[order][:, order], n[order]
-        c, E = torch.linalg.eigh(C)
+        c, E = np.linalg.eigh(C)
         keep = c > RANK * c[-1]
-        L = n[:, None] * E[:, keep] * c[keep].sqrt()  # M = LLᵀ; its singular values keep the digits that Λ would lose
-        V, S, _ = torch.linalg.svd(L, full_matrices=False)
+        L = n[:, None] * E[:, keep] * np.sqrt(c[keep])  # M = LLᵀ; its singular values keep the digits that Λ would lose
+        V, S, _ = np.linalg.svd(L, full_matrices=False)
         V = V * (n > 0)[:, None]  # a zero gradient's row is rounding, which 1/S would magnify
-        sigma = {"min": S[-1], "median": S.median(), "rmse": S.square().mean().sqrt()}[self.scale]
-        B = sigma * (V / S) @ V.T
-        return B.mean(1)[order.argsort()]
+        sigma = {"min": S[-1], "median": S[len(S) // 2], "rmse": np.sqrt((S * S).mean())}[self.scale]
+        B = sigma * (V * reciprocal(S)) @ V.T
+        weights: Array = B.mean(1)[np.argsort(order)]
+        return weights

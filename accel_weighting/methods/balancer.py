@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from accel_weighting.statistics import Method, State, Statistics, initial_vector, require
+from accel_weighting.methods.algebra import Array
+from accel_weighting.statistics import (
+    InitialWeights,
+    Method,
+    State,
+    Statistics,
+    check_tasks,
+    initial_vector,
+    positive,
+    positive_by_task,
+    within,
+)
 
 
 @dataclass(frozen=True)
@@ -35,38 +44,31 @@ class GradientBalancer(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"norms"})
     acts_on: ClassVar[Literal["losses", "shared"]] = "shared"
 
-    shares: Mapping[str, float] | None = field(default=None, hash=False)
-    decay: float = 0.999
-    total_norm: float | None = None
+    shares: Mapping[str, float] | None = positive_by_task(None)
+    decay: float = within("[0, 1]", 0.999)
+    total_norm: float | None = positive(None)
 
-    def __post_init__(self) -> None:
-        if self.shares is not None:
-            object.__setattr__(self, "shares", dict(sorted(self.shares.items())))
-        require(self, "shares", all(0 < s < math.inf for s in (self.shares or {}).values()), "be positive and finite")
-        require(self, "decay", 0 <= self.decay <= 1, "be in [0, 1]")
-        require(self, "total_norm", self.total_norm is None or 0 < self.total_norm < math.inf, "be positive")
-
-    def init(
-        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
         """The weights for norms of 1 unless ``initial_weights`` are given; no averages yet."""
-        require(self, "shares", set(self.shares or ()) <= set(tasks), f"name tasks out of {list(tasks)}")
+        check_tasks(self, tasks)
         shares = initial_vector(tasks, self.shares)
-        zeros = torch.zeros_like(shares)
+        zeros = np.zeros(len(tasks))
         given = initial_weights is not None
         weights = initial_vector(tasks, initial_weights) if given else self._weights(shares, zeros + 1)
         return weights, {"weights": weights, "shares": shares, "sum": zeros, "count": zeros}
 
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+    def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """Adds this window's norms to the averages and weighs by them."""
         n, present = statistics.norms, statistics.present
         assert n is not None
-        sums = torch.where(present, self.decay * state["sum"] + n, state["sum"])
-        count = torch.where(present, self.decay * state["count"] + 1, state["count"])
+        sums = np.where(present, self.decay * state["sum"] + n, state["sum"])
+        count = np.where(present, self.decay * state["count"] + 1, state["count"])
         known = present & (sums > 0)
-        weights = state["weights"].clone()
-        weights[known] = self._weights(state["shares"][known], (sums / count)[known])
+        weights = state["weights"].copy()
+        if known.any():
+            weights[known] = self._weights(state["shares"][known], sums[known] / count[known])
         return weights, state | {"weights": weights, "sum": sums, "count": count}
 
-    def _weights(self, shares: Tensor, n: Tensor) -> Tensor:
-        return shares / shares.sum() * (self.total_norm or n.sum()) / n
+    def _weights(self, shares: Array, n: Array) -> Array:
+        weights: Array = shares / shares.sum() * (self.total_norm or n.sum()) / n
+        return weights

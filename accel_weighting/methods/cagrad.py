@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from accel_weighting.methods.algebra import LIMIT, RANK, GramMethod, increasing_root, min_norm
-from accel_weighting.statistics import require
+from accel_weighting.methods.algebra import LIMIT, RANK, Array, GramMethod, increasing_root, min_norm
+from accel_weighting.statistics import within
 
 
 @dataclass(frozen=True)
@@ -32,30 +32,28 @@ class CAGrad(GramMethod):
     Source: Liu et al., Conflict-Averse Gradient Descent, NeurIPS 2021, arXiv 2110.14048.
     """
 
-    c: float = 0.5
+    c: float = within("[0, 1)", 0.5)
 
-    def __post_init__(self) -> None:
-        require(self, "c", 0 <= self.c < 1, "be in [0, 1)")
-
-    def solve(self, M: Tensor) -> Tensor:
+    def solve(self, M: Array) -> Array:
         """Weights ``1/K + s w``, ``[K]``, of sum 1 + s."""
         K = len(M)
-        mean = torch.full((K,), 1 / K, dtype=M.dtype)
+        mean = np.full(K, 1 / K)
         b = M.mean(1)  # g_k · g_0
-        phi = self.c**2 * b.mean()
+        square = float(b.mean())
+        phi = self.c**2 * square
         if phi <= RANK**2:
             return mean
 
-        def pull(S: Tensor) -> Tensor:
+        def pull(S: float) -> Array:
             """``s w`` for ``s = √S``: of ‖g_0 + s g_w‖ the smallest."""
-            s = S.sqrt()
-            P = b.mean() + s * (b + b[:, None]) + S * M
-            return s * min_norm(P, P.diagonal().mean())
+            s = math.sqrt(S)
+            P = square + s * (b + b[:, None]) + S * M
+            return s * min_norm(P, float(P.diagonal().mean()))
 
-        def excess(S: Tensor) -> Tensor:
+        def excess(S: float) -> float:
             x = pull(S)
-            return x @ M @ x - phi
+            return float(x @ M @ x) - phi
 
         shortest = min_norm(M)
-        low, high = phi / M.diagonal().max(), phi / (shortest @ M @ shortest).clamp(min=phi / LIMIT**2)
+        low, high = phi / float(M.diagonal().max()), phi / max(float(shortest @ M @ shortest), phi / LIMIT**2)
         return mean + pull(increasing_root(excess, low, high, 1e-12 * phi))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import numpy as np
 
-from accel_weighting.methods.algebra import GramMethod, equal_projections
+from accel_weighting.methods.algebra import Array, GramMethod, equal_projections
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class ConFIG(GramMethod):
     Source: Liu, Chu and Thuerey, ConFIG, ICLR 2025, arXiv 2408.11104.
     """
 
-    def solve(self, M: Tensor) -> Tensor:
+    def solve(self, M: Array) -> Array:
         """The weights, ``[K]``."""
         w, p, total = equal_projections(M)
-        n = M.diagonal().clamp(min=0).sqrt()
+        n = np.sqrt(np.maximum(M.diagonal(), 0))
         return w * (n @ p) / total

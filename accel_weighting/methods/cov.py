@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from accel_weighting.methods.algebra import share
-from accel_weighting.statistics import Method, State, Statistics, initial_vector
+from accel_weighting.methods.algebra import Array, LossMethod, reciprocal, share
+from accel_weighting.statistics import InitialWeights, State, Statistics, count, initial_vector, within
 
 
 @dataclass(frozen=True)
-class CoVWeighting(Method):
+class CoVWeighting(LossMethod):
     """A loss that varies more, relative to its mean, is further from satisfied and weighs more.
 
     From Groenendijk et al. 2021, *Multi-Loss Weighting with Coefficient of Variations* (arXiv 2009.01717v2), equal to
@@ -42,54 +41,44 @@ class CoVWeighting(Method):
         >>> method = CoVWeighting()
         >>> w, state = method.init(["a", "b"])
         >>> for losses in ([1.0, 20.0], [0.9, 10.0]):
-        ...     w, state = method.update(state, Statistics(torch.tensor(losses).double(), torch.ones(2).bool()))
+        ...     w, state = method.update(state, Statistics(losses, present=[True, True]))
         >>> w
-        tensor([0.1364, 0.8636], dtype=torch.float64)
+        array([0.13636386, 0.86363614])
     """
 
-    decay: float | None = None
-    warmup: int = 2
+    decay: float | None = within("(0, 1)", None)
+    warmup: int = count(2)
     total: Literal["one", "tasks"] = "one"
 
-    needs: ClassVar[frozenset[str]] = frozenset({"losses"})
-    positive_losses: ClassVar[bool] = True
     keeps_sum: ClassVar[bool] = True
+    memory: ClassVar[tuple[str, ...]] = ("loss_mean", "ratio_mean", "ratio_variance", "count")
 
-    def __post_init__(self) -> None:
-        for valid, name, rule in (
-            (self.decay is None or 0 < self.decay < 1, "decay", "be None or lie strictly between 0 and 1"),
-            (self.warmup >= 1, "warmup", "be at least 1"),
-            (self.total in ("one", "tasks"), "total", "be 'one' or 'tasks'"),
-        ):
-            if not valid:
-                raise ValueError(f"Parameter `{name}` must {rule}. Found `{name} = {getattr(self, name)!r}`.")
-
-    def init(
-        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
         """Equal weights, or the initial weights, with the sum that ``total`` says."""
+        _, state = super().init(tasks)
         w = initial_vector(tasks, initial_weights)
         w = w * ((1 if self.total == "one" else len(tasks)) / w.sum())
-        zero = torch.zeros_like(w)
-        return w, {"weights": w, "loss_mean": zero, "ratio_mean": zero, "ratio_variance": zero, "count": zero}
+        return w, state | {"weights": w}
 
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+    def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """Takes the losses of step t into the statistics; the weights of step t + 1."""
         w, mu_L, mu, v, t = (state[key] for key in ("weights", "loss_mean", "ratio_mean", "ratio_variance", "count"))
         L, first = statistics.losses, t == 0
         seen = statistics.present & ~(first & (L <= 0))
 
-        p = t / (t + 1) if self.decay is None else self.decay * t.clamp(max=1)  # 0 at t = 0
-        ratio = torch.where(first, 1.0, L / mu_L)
+        p = t / (t + 1) if self.decay is None else self.decay * np.minimum(t, 1)  # 0 at t = 0
+        known = ~first & (mu_L > 0)  # a mean of zeros decays until it is 0 itself
+        ratio = np.where(first, 1.0, L / np.where(known, mu_L, 1.0))
         delta = ratio - mu
         new = {
             "loss_mean": p * mu_L + (1 - p) * L,
             "ratio_mean": mu + (1 - p) * delta,
-            "ratio_variance": p * (v + (1 - p) * delta**2),  # Welford's, for any p
+            "ratio_variance": p * (v + (1 - p) * (delta * delta)),  # Welford's, for any p
             "count": t + 1,
         }
-        state = state | {key: torch.where(seen, value, state[key]) for key, value in new.items()}
+        state = state | {key: np.where(seen, value, state[key]) for key, value in new.items()}
 
-        c = (state["ratio_variance"] + 1e-8).sqrt() / state["ratio_mean"]
-        state["weights"] = share(w, c, seen & (state["count"] >= self.warmup))
-        return state["weights"], state
+        mu = state["ratio_mean"]
+        c = np.sqrt(state["ratio_variance"] + 1e-8) * reciprocal(mu)
+        state["weights"] = w = share(w, c, seen & (state["count"] >= self.warmup))
+        return w, state

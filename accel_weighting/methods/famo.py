@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from accel_weighting.methods.adam import adam_state, adam_step
-from accel_weighting.methods.algebra import FLOOR, share
-from accel_weighting.statistics import Method, State, Statistics, initial_vector
+from accel_weighting.methods.adam import adam_step
+from accel_weighting.methods.algebra import Array, LossMethod, log, share, softmax
+from accel_weighting.statistics import (
+    InitialWeights,
+    State,
+    Statistics,
+    initial_vector,
+    non_negative,
+    non_negative_by_task,
+    positive,
+)
 
 
 @dataclass(frozen=True)
-class FAMO(Method):
+class FAMO(LossMethod):
     """Fast adaptive multitask optimization: all log losses should fall at the same rate.
 
     With logits ξ, ``z = softmax(ξ)`` and D_k = L_k − m_k, the model descends on ``Σ_k z_k log D_k``, normalised, so
@@ -45,45 +51,30 @@ class FAMO(Method):
     Source: Liu, Feng, Stone and Liu, NeurIPS 2023, arXiv 2306.03792; Adam and the defaults from the authors' code.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"losses"})
-    positive_losses: ClassVar[bool] = True
     keeps_sum: ClassVar[bool] = True
+    sum_of_one: ClassVar[bool] = True
+    memory: ClassVar[tuple[str, ...]] = ("xi", "D", "adam_mean", "adam_square", "adam_steps")
 
-    lr: float = 0.025
-    gamma: float = 0.01
-    min_losses: Mapping[str, float] | None = None
+    lr: float = positive(0.025)
+    gamma: float = non_negative(0.01)
+    min_losses: Mapping[str, float] | None = non_negative_by_task(None)
 
-    def __post_init__(self) -> None:
-        if self.min_losses is not None:
-            object.__setattr__(self, "min_losses", dict(sorted(self.min_losses.items())))
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"Parameter `lr` must be positive and finite. Found `lr = {self.lr}`.")
-        if not 0 <= self.gamma < math.inf:
-            raise ValueError(f"Parameter `gamma` must be finite and not negative. Found `gamma = {self.gamma}`.")
-        if wrong := {task: m for task, m in (self.min_losses or {}).items() if not 0 <= m < math.inf}:
-            raise ValueError(f"Parameter `min_losses` must hold finite numbers from 0 on. Found {wrong}.")
-
-    def init(
-        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
         """Weights 1/K unless ``initial_weights`` say otherwise; ξ = 0; a loss not seen yet is written as D = 0."""
-        if unknown := sorted(set(self.min_losses or {}) - set(tasks)):
-            raise ValueError(f"Parameter `min_losses` must name tasks out of {list(tasks)}. Found {unknown}.")
-        weights = initial_vector(tasks, initial_weights, default=1 / len(tasks)).clamp(min=FLOOR)
-        m = initial_vector(tasks, self.min_losses or {}, default=0.0)
-        zeros = torch.zeros_like(weights)
-        return weights, {"weights": weights, "xi": zeros, "m": m, "D": zeros, **adam_state(len(tasks))}
+        weights, state = super().init(tasks, initial_weights)
+        return weights, state | {"m": initial_vector(tasks, self.min_losses or {}, default=0.0)}
 
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+    def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """A step of ξ on what the last step achieved, then the weights of the next."""
         xi, D = state["xi"], statistics.losses - state["m"]
         active = statistics.present & (D > 0)
         compared = active & (state["D"] > 0)
+        log_D = log(D, active)
 
-        z = xi.where(compared, -math.inf).softmax(0)
-        delta = (state["D"].log() - D.log()).where(compared, 0.0)
+        z = softmax(xi, compared)
+        delta = np.where(compared, log(state["D"], compared) - log_D, 0.0)
         d = z * (delta - z @ delta)
         xi, moments = adam_step(xi, d + self.gamma * xi, state, compared, self.lr)
 
-        weights = share(state["weights"], (xi - D.log()).where(active, -math.inf).softmax(0), active)
-        return weights, {**state, **moments, "weights": weights, "xi": xi, "D": torch.where(active, D, state["D"])}
+        weights = share(state["weights"], softmax(xi - log_D, active), active)
+        return weights, {**state, **moments, "weights": weights, "xi": xi, "D": np.where(active, D, state["D"])}

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from accel_weighting.methods.adam import adam_state, adam_step
-from accel_weighting.methods.algebra import ROUNDING, share
-from accel_weighting.statistics import Method, State, Statistics, initial_vector
+from accel_weighting.methods.algebra import ROUNDING, SMALLEST, TINY, lerp, share
+from accel_weighting.statistics import (
+    InitialWeights,
+    Method,
+    State,
+    Statistics,
+    check_tasks,
+    initial_vector,
+    names,
+    non_negative,
+    positive,
+    positive_by_task,
+    within,
+)
 
 
 @dataclass(frozen=True)
@@ -48,40 +58,19 @@ class GradNorm(Method):
     Example:
         >>> method = GradNorm(alpha=0.0, lr=0.1, optimizer="sgd")
         >>> w, state = method.init(["a", "b"])
-        >>> losses, norms, present = torch.ones(2).double(), torch.tensor([3.0, 1.0]).double(), torch.ones(2).bool()
-        >>> w, state = method.update(state, Statistics(losses, present, norms))
+        >>> w, state = method.update(state, Statistics(losses=[1.0, 1.0], present=[True, True], norms=[3.0, 1.0]))
         >>> w  # 0.7 and 1.1, scaled to the sum 2
-        tensor([0.7778, 1.2222], dtype=torch.float64)
+        array([0.77777778, 1.22222222])
     """
 
-    alpha: float = 1.5
-    lr: float = 0.025
+    alpha: float = non_negative(1.5)
+    lr: float = positive(0.025)
     optimizer: Literal["adam", "sgd"] = "adam"
-    initial_losses: Mapping[str, float] | None = field(default=None, hash=False)
-    initial_loss_decay: float = 1.0
-    tasks: Sequence[str] | None = None
+    initial_losses: Mapping[str, float] | None = positive_by_task(None)
+    initial_loss_decay: float = within("[0, 1]", 1.0)
+    tasks: Sequence[str] | None = names(None)
 
     keeps_sum: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.initial_losses is not None:
-            found = {t: float(loss) for t, loss in sorted(self.initial_losses.items())}
-            object.__setattr__(self, "initial_losses", found)
-        if self.tasks is not None:
-            object.__setattr__(self, "tasks", tuple(self.tasks))
-        for valid, name, rule in (
-            (0 <= self.alpha < math.inf, "alpha", "be finite and at least 0"),
-            (0 < self.lr < math.inf, "lr", "be positive and finite"),
-            (self.optimizer in ("adam", "sgd"), "optimizer", "be 'adam' or 'sgd'"),
-            (0 <= self.initial_loss_decay <= 1, "initial_loss_decay", "lie between 0 and 1"),
-            (
-                all(0 < loss < math.inf for loss in (self.initial_losses or {}).values()),
-                "initial_losses",
-                "hold positive finite numbers",
-            ),
-        ):
-            if not valid:
-                raise ValueError(f"Parameter `{name}` must {rule}. Found `{name} = {getattr(self, name)!r}`.")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -93,62 +82,51 @@ class GradNorm(Method):
         """Whether ``L_i / L_i(0)`` is formed."""
         return self.alpha > 0
 
-    def init(
-        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[NDArray[np.float64], State]:
         """The initial weights, 1 each by default."""
-        for name, named in (("tasks", self.tasks or ()), ("initial_losses", self.initial_losses or {})):
-            _check_names(name, named, tasks)
+        check_tasks(self, tasks)
         w = initial_vector(tasks, initial_weights)
-        state = {"weights": w, "balanced": torch.tensor([self.tasks is None or task in self.tasks for task in tasks])}
+        state: State = {
+            "weights": w,
+            "balanced": np.array([self.tasks is None or task in self.tasks for task in tasks]),
+        }
         if self.alpha:
             state["initial_losses"] = initial_vector(tasks, self.initial_losses or {}, default=0.0)  # 0: not known yet
         if self.optimizer == "adam":
             state |= adam_state(len(tasks))
         return w, state
 
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+    def update(self, state: State, statistics: Statistics) -> tuple[NDArray[np.float64], State]:
         """One step of the weights on eq. 2."""
-        w, L, n = state["weights"], statistics.losses, statistics.norms
+        w, n = state["weights"], statistics.norms
         assert n is not None
-        state = dict(state)
         on = state["balanced"] & statistics.present
-
-        r = torch.ones_like(w)
+        state, r = dict(state), None
         if self.alpha:
-            L_0 = state["initial_losses"]
-            L_0 = torch.where(on & (L_0 == 0) & (L > 0), L, L_0)
-            on = on & (L_0 > 0)
-            r = L / L_0.where(on, 1.0)
-            r = r / (r @ _share(on)).clamp(min=torch.finfo(r.dtype).tiny)  # all losses may have reached 0
-            state["initial_losses"] = torch.where(on, L_0.lerp(L, 1 - self.initial_loss_decay), L_0)
+            L, L_0 = statistics.losses, state["initial_losses"]
+            if np.count_nonzero(L_0) < len(L_0):
+                L_0 = np.where(on & (L_0 == 0) & (L > 0), L, L_0)
+                on = on & (L_0 > 0)
+            r = np.divide(L, L_0, out=np.zeros(len(L)), where=on)
+            moved = L_0 if self.initial_loss_decay == 1 else lerp(L_0, L, 1 - self.initial_loss_decay)
+            state["initial_losses"] = np.where(on, moved, L_0)
+        size = np.count_nonzero(on)
+        if not size:
+            return w, state
 
-        G, mean = w * n, _share(on)
-        gap = G - G @ mean * r**self.alpha
-        s = gap.sign() * (gap.abs() > ROUNDING * G)
+        mean, G = on / size, w * n
+        target = G.dot(mean)
+        if r is not None:
+            target = target * (r / max(float(r.dot(mean)), SMALLEST)) ** self.alpha  # all losses may have reached 0
+        gap = G - target
+        s = np.sign(gap) * (np.abs(gap) > ROUNDING * G)
         if self.optimizer == "sgd":
             proposed = w - self.lr * s * n
         else:
-            gradient = s * G - w * ((s * G) @ mean / (w @ mean))  # ∂L_grad/∂v
-            v, moments = adam_step(w.log(), gradient, state, on, self.lr)
+            pull = s * G
+            gradient = pull - w * (pull.dot(mean) / w.dot(mean))  # ∂L_grad/∂v
+            v, moments = adam_step(np.log(np.maximum(w, TINY)), gradient, state, on, self.lr)
             state |= moments
-            proposed = v.exp()  # shared out below, which makes it K softmax(v)
-        state["weights"] = share(w, proposed, on)
-        return state["weights"], state
-
-
-def _share(on: Tensor) -> Tensor:
-    """What a vector is multiplied by for its mean over the tasks that are ``on``."""
-    on = on.double()
-    return on / on.sum()
-
-
-def _check_names(name: str, named: Iterable[str], tasks: Sequence[str]) -> None:
-    unknown = [task for task in named if task not in tasks]
-    if unknown:
-        close = [match for task in unknown for match in get_close_matches(task, tasks, n=1)]
-        hint = f" Did you mean `{close}`?" if close else ""
-        raise ValueError(
-            f"Parameter `{name}` must name tasks of the weighter, `{list(tasks)}`. "
-            f"Found unknown names `{unknown}`.{hint}"
-        )
+            proposed = np.exp(v)  # shared out below, which makes it K softmax(v)
+        state["weights"] = w = share(w, proposed, on)
+        return w, state

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+import numpy as np
 
-from accel_weighting.methods.algebra import LIMIT, GramMethod, equal_projections
+from accel_weighting.methods.algebra import LIMIT, Array, GramMethod, equal_projections, reciprocal
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class IMTLG(GramMethod):
 
     keeps_sum: ClassVar[bool] = True
 
-    def solve(self, M: Tensor) -> Tensor:
+    def solve(self, M: Array) -> Array:
         """α, ``[K]``, of sum 1."""
         alpha, _, _ = equal_projections(M)
-        if alpha.sum() < alpha.abs().max() / LIMIT:
-            n = M.diagonal().clamp(min=0).sqrt()
-            alpha = (1 / n).where(n > 0, 0.0)
-        return alpha / alpha.sum()
+        if alpha.sum() < np.abs(alpha).max() / LIMIT:
+            alpha = reciprocal(np.sqrt(np.maximum(M.diagonal(), 0)))
+        weights: Array = alpha / alpha.sum()
+        return weights

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
-from accel_weighting.methods.algebra import GramMethod, cosines, min_norm
-from accel_weighting.statistics import require
+from accel_weighting.methods.algebra import Array, GramMethod, cosines, min_norm
 
 
 @dataclass(frozen=True)
@@ -37,9 +34,6 @@ class MGDA(GramMethod):
 
     normalize: Literal["norm"] | None = None
 
-    def __post_init__(self) -> None:
-        require(self, "normalize", self.normalize in (None, "norm"), "be None or 'norm'")
-
-    def solve(self, M: Tensor) -> Tensor:
+    def solve(self, M: Array) -> Array:
         """The minimiser α, ``[K]``."""
         return min_norm(cosines(M)[0] if self.normalize == "norm" else M)

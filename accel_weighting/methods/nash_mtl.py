@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from accel_weighting.methods.algebra import LIMIT, GramMethod
+from accel_weighting.methods.algebra import LIMIT, Array, GramMethod
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class NashMTL(GramMethod):
     Source: Navon et al., Multi-Task Learning as a Bargaining Game, ICML 2022, arXiv 2202.01017.
     """
 
-    def solve(self, M: Tensor) -> Tensor:
+    def solve(self, M: Array) -> Array:
         """α, ``[K]``, positive."""
-        identity = torch.eye(len(M), dtype=M.dtype)
+        identity = np.eye(len(M))
         A = M + identity / LIMIT**2
-        alpha = A.diagonal().rsqrt()
+        alpha: Array = 1 / np.sqrt(A.diagonal())
         for _ in range(200):
             B = A * alpha * alpha[:, None]  # Newton's method for log α has a Hessian ≥ 1
             gradient = B.sum(1) - 1
-            step = -torch.linalg.solve(B + identity, gradient)
-            decrement = (-gradient @ step).clamp(min=0).sqrt()
+            step = -np.linalg.solve(B + identity, gradient)
+            decrement = math.sqrt(max(-float(gradient @ step), 0.0))
             alpha = alpha * (1 + (step if decrement < 0.25 else step / (1 + decrement)))
             if decrement < 1e-13:
                 break

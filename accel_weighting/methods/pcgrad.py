@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from accel_weighting.methods.algebra import GramMethod, mixed_seed, solve_present
-from accel_weighting.statistics import State, Statistics
+from accel_weighting.methods.algebra import Array, GramMethod, mixed_seed, solve_present
+from accel_weighting.statistics import InitialWeights, State, Statistics, integer
 
 
 @dataclass(frozen=True)
@@ -28,30 +28,30 @@ class PCGrad(GramMethod):
     Source: Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020, arXiv 2001.06782.
     """
 
-    seed: int = 0
+    seed: int = integer(0)
 
-    def init(
-        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
         """Weights 1, as for orthonormal gradients, unless ``initial_weights`` say otherwise."""
         weights, state = super().init(tasks, initial_weights)
-        return weights, {**state, "counter": torch.tensor(0)}
+        return weights, {**state, "counter": np.asarray(0)}
 
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+    def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """Projects the present tasks' gradients, in the next random order."""
-        counter = state["counter"]
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, int(counter)))
+        counter = int(state["counter"])
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, counter))
         weights = solve_present(lambda M: self.solve(M, generator), state["weights"], statistics)
-        return weights, {"weights": weights, "counter": counter + 1}
+        return weights, {"weights": weights, "counter": np.asarray(counter + 1)}
 
-    def solve(self, M: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def solve(self, M: Array, generator: torch.Generator | None = None) -> Array:
         """Sum over the rows of W, where ``g_i^PC = Σ_k W_ik g_k``."""
         generator = generator or torch.Generator()  # never the user's
-        i = torch.arange(len(M))
-        W = torch.eye(len(M), dtype=M.dtype)
-        orders = torch.stack([torch.randperm(len(M), generator=generator) for _ in i])
+        i = np.arange(len(M))
+        W = np.eye(len(M))
+        square = M.diagonal()
+        orders = np.stack([torch.randperm(len(M), generator=generator).numpy() for _ in i])
         for j in orders.T:  # each task's next opponent
             inner = (W * M[j]).sum(1)  # g_i^PC · g_j
-            conflict = (inner < 0) & (i != j)
-            W[i, j] -= torch.where(conflict, inner / M[j, j], 0.0)
-        return W.sum(0)
+            conflict = (inner < 0) & (i != j) & (square[j] > 0)
+            W[i, j] -= np.where(conflict, inner / np.where(conflict, square[j], 1.0), 0.0)
+        weights: Array = W.sum(0)
+        return weights

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from accel_weighting.methods.algebra import FLOOR, mixed_seed, share
-from accel_weighting.statistics import Method, State, Statistics, initial_vector
+from accel_weighting.methods.algebra import Array, LossMethod, mixed_seed, share, softmax
+from accel_weighting.statistics import InitialWeights, State, Statistics, integer
 
 
 @dataclass(frozen=True)
-class RandomLossWeighting(Method):
+class RandomLossWeighting(LossMethod):
     """New random weights in every window, positive and, as in its source, with sum 1.
 
     ``"normal"`` is ``softmax(x), x ~ N(0, I)``, the paper's default; ``"dirichlet"`` is uniform on the simplex. The
@@ -38,34 +37,26 @@ class RandomLossWeighting(Method):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    positive_losses: ClassVar[bool] = False
     keeps_sum: ClassVar[bool] = True
+    sum_of_one: ClassVar[bool] = True
 
     distribution: Literal["normal", "dirichlet"] = "normal"
-    seed: int = 0
+    seed: int = integer(0)
 
-    def __post_init__(self) -> None:
-        if self.distribution not in ("normal", "dirichlet"):
-            raise ValueError(
-                "Parameter `distribution` must be 'normal' or 'dirichlet'. "
-                f"Found `distribution = {self.distribution!r}`."
-            )
-        if not isinstance(self.seed, int):
-            raise ValueError(f"Parameter `seed` must be an integer. Found `seed = {self.seed!r}`.")
-
-    def init(
-        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
         """Weights 1/K unless ``initial_weights`` say otherwise."""
-        weights = initial_vector(tasks, initial_weights, default=1 / len(tasks)).clamp(min=FLOOR)
-        return weights, {"weights": weights, "counter": torch.tensor(0)}
+        weights, state = super().init(tasks, initial_weights)
+        return weights, state | {"counter": np.asarray(0)}
 
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+    def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """The next draw; all K numbers are drawn, whoever is present."""
-        weights, counter, present = state["weights"], state["counter"], statistics.present
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, int(counter)))
+        counter, present = int(state["counter"]), statistics.present
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, counter))
+        x = torch.empty(len(present), dtype=torch.float64)  # torch's generator, so that resumed runs draw as before
         if self.distribution == "normal":
-            x = torch.empty_like(weights).normal_(generator=generator)
+            scores = x.normal_(generator=generator).numpy()
         else:
-            x = torch.empty_like(weights).exponential_(generator=generator).log()  # exponentials over their sum
-        weights = share(weights, x.where(present, -math.inf).softmax(0), present)
-        return weights, {"weights": weights, "counter": counter + 1}
+            scores = np.log(x.exponential_(generator=generator).numpy())  # exponentials over their sum
+        weights = share(state["weights"], softmax(scores, present), present)
+        return weights, {"weights": weights, "counter": np.asarray(counter + 1)}

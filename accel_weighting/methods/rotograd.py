@@ -3,62 +3,63 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from accel_weighting.methods.adam import adam_state, adam_step
-from accel_weighting.methods.algebra import ROUNDING, share
-from accel_weighting.statistics import Method, State, Statistics, initial_vector
+from accel_weighting.methods.algebra import ROUNDING, SMALLEST, TINY, Array, reciprocal, share
+from accel_weighting.statistics import (
+    InitialWeights,
+    Method,
+    State,
+    Statistics,
+    count,
+    initial_vector,
+    integer,
+    non_negative,
+    positive,
+    within,
+)
 
 REFRESH = 16
 """Updates from one re-orthogonalisation to the next. In float32 max|RᵀR − I| grows to 5e-7 between them (m = 256)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Settings:
+class _Settings(Method):
     """The hyperparameters of the rotations, in a class of their own: ``init`` is a function of methods too."""
 
-    size: int | None = None
-    dim: int = -1
-    lr: float = 0.05
-    lr_decay: float = 0.9999
-    burn_in: int = 20
+    size: int | None = count(None)
+    dim: int = integer(-1)
+    lr: float = positive(0.05)
+    lr_decay: float = within("(0, 1]", 0.9999)
+    burn_in: int = count(20, least=0)
     init: InitVar[Literal["identity", "haar"]] = "identity"
-    seed: int = 0
+    seed: int = integer(0)
     normalize_losses: bool = False
-    cooperative_after: int | None = None
-    initial_rotations: str = field(init=False, default="identity")
+    cooperative_after: int | None = count(None, least=0)
+    initial_rotations: Literal["identity", "haar"] = field(init=False, default="identity", metadata={"called": "init"})
 
     def __post_init__(self, init: Any) -> None:
         if isinstance(owner := getattr(init, "__self__", None), _Settings):
             init = owner.initial_rotations  # dataclasses.replace reads the attribute of that name: the function
         object.__setattr__(self, "initial_rotations", init)
-        coop = self.cooperative_after
-        for valid, name, value, rule in (
-            (self.size is None or self.size >= 1, "size", self.size, "be None or at least 1"),
-            (0 < self.lr < math.inf, "lr", self.lr, "be positive and finite"),
-            (0 < self.lr_decay <= 1, "lr_decay", self.lr_decay, "lie in (0, 1]"),
-            (self.burn_in >= 0, "burn_in", self.burn_in, "be at least 0"),
-            (init in ("identity", "haar"), "init", init, "be 'identity' or 'haar'"),
-            (coop is None or coop >= 0, "cooperative_after", coop, "be None or at least 0"),
-        ):
-            if not valid:
-                raise ValueError(f"Parameter `{name}` must {rule}. Found `{name} = {value!r}`.")
+        super().__post_init__()
 
     def __repr__(self) -> str:
         """Short, as it stands in every message: what differs from the defaults."""
-        names = {"initial_rotations": "init"}
         values = ((f, getattr(self, f.name)) for f in fields(self))
-        changed = [f"{names.get(f.name, f.name)}={value!r}" for f, value in values if value != f.default]
+        changed = [f"{f.metadata.get('called', f.name)}={value!r}" for f, value in values if value != f.default]
         return f"{type(self).__name__}({', '.join(changed)})"
 
 
-class _Rotating(_Settings, Method):
+class _Rotating(_Settings):
     """What RotoGrad and RotoGradNorm have in common: the rotations.
 
     ``R_k`` descends ``−Σ_n ⟨R_kᵀ g̃_{n,k}, v_n⟩``, ``v_n = (1/K) Σ_j u_{n,j}`` held constant, where ``g̃ = R_k g`` is the
@@ -90,24 +91,31 @@ class _Rotating(_Settings, Method):
     def _ratios(self) -> bool:
         return self.normalize_losses
 
-    def init(
-        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    @property
+    def cooperative(self) -> bool:  # type: ignore[override]
+        """Whether the tasks' own gradients are measured too."""
+        return self.cooperative_after is not None
+
+    def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
         """Weights of 1, or the initial weights, until the first update."""
         w = initial_vector(tasks, initial_weights)
-        unknown = torch.zeros_like(w)
-        state = {"weights": w, "updates": torch.tensor(0), "initial_norms": unknown}
+        unknown = np.zeros(len(w))
+        state: State = {"weights": w, "updates": np.asarray(0), "initial_norms": unknown}
         if self._ratios:
             state["initial_losses"] = unknown
         if self.normalize_losses:
-            state["loss_weights"] = torch.ones_like(w)
+            state["loss_weights"] = np.ones(len(w))
         return w, state | self._state_of_weights(len(w))
 
     def _state_of_weights(self, tasks: int) -> State:
         return {}
 
     def widen(self, state: State, width: int) -> State:
-        """Rotations ``[K, m, m]`` for a shared representation of ``width`` features, once that is known."""
+        """Rotations ``[K, m, m]`` for a shared representation of ``width`` features, once that is known.
+
+        Raises:
+            ValueError: ``size`` is larger than the width, or the rotations that there are have another one.
+        """
         m = width if self.size is None else self.size
         if m > width:
             raise ValueError(
@@ -122,23 +130,23 @@ class _Rotating(_Settings, Method):
                 )
             return state
         K = len(state["weights"])
-        if self.initial_rotations == "identity":
-            return state | {"rotations": torch.eye(m, dtype=torch.float64).repeat(K, 1, 1)}
-        return state | {"rotations": haar(K, m, self.seed)}
+        haar_ = self.initial_rotations == "haar"
+        rotations: Any = haar(K, m, self.seed) if haar_ else torch.eye(m, dtype=torch.float64).repeat(K, 1, 1)
+        return state | {"rotations": rotations}
 
     def _remember(self, state: State, statistics: Statistics) -> State:
         """Initial norms and losses: of a task's first update, and again of update number ``burn_in``."""
         again = int(state["updates"]) == self.burn_in
-        state = state | {"updates": state["updates"] + 1}
+        state = state | {"updates": np.asarray(state["updates"] + 1)}
         observed = {"initial_norms": statistics.norms, "initial_losses": statistics.losses}
         for name in observed.keys() & state.keys():
             x = observed[name]
             assert x is not None
             take = statistics.present & (x > 0) & ((state[name] == 0) | again)
-            state[name] = torch.where(take, x, state[name])
+            state[name] = np.where(take, x, state[name])
         if self.normalize_losses:
             known = state["initial_losses"] > 0
-            state["loss_weights"] = torch.where(known, 1 / state["initial_losses"], 1.0)
+            state["loss_weights"] = np.where(known, 1 / np.where(known, state["initial_losses"], 1.0), 1.0)
         return state
 
     def _turn(self, state: State, statistics: Statistics, updates: int) -> State:
@@ -146,24 +154,28 @@ class _Rotating(_Settings, Method):
         if not self._rotates or "rotations" not in state or statistics.moments is None:
             return state
         assert statistics.norms is not None
-        R, moments = state["rotations"], statistics.moments
+        rotations: Any = state["rotations"]  # the one entry on the device
+        R: Tensor = rotations
+        moments = statistics.moments
         on = statistics.present & (statistics.norms > 0)
         if not on.any():
             return state
         lr = self.lr * self.lr_decay**updates
-        k, j = torch.triu_indices(len(on), len(on), 1)
+        k, j = np.triu_indices(len(on), 1)
         pairs, tasks = moments[: len(k)], moments[len(k) :]
-        u = torch.where(on, 1 / statistics.norms, 0.0)
-        C = torch.zeros(len(on), len(k), dtype=torch.float64)  # B_k = Σ_j D_kj / (K n_k n_j), D_jk = −D_kj
-        C.scatter_(0, k[None], (u[k] * u[j])[None]).scatter_(0, j[None], -(u[k] * u[j])[None])
-        x = _beside(lr / int(on.sum()) * C, moments) @ pairs
+        u = np.where(on, reciprocal(statistics.norms), 0.0)
+        pair = np.arange(len(k))
+        C = np.zeros((len(on), len(k)))  # B_k = Σ_j D_kj / (K n_k n_j), D_jk = −D_kj
+        C[k, pair], C[j, pair] = u[k] * u[j], -(u[k] * u[j])
+        x = _beside(lr / np.count_nonzero(on) * C, moments) @ pairs
         if self.cooperative_after is not None and updates >= self.cooperative_after:
             length, own = (y.norm(dim=1, keepdim=True) for y in (x, tasks))
             x = (x - tasks * torch.where(own > 0, length / own, 0.0)) / 2  # −: each task descends its own loss
         turned = retract(R, skew(x.to(R.dtype), R.shape[-1]), cayley=lr > 0.1)
         if lr > 0.1 or (updates + 1) % REFRESH == 0:
             turned = orthogonalise(turned)
-        return state | {"rotations": turned if on.all() else torch.where(_beside(on, R)[:, None, None], turned, R)}
+        rotations = turned if on.all() else torch.where(_beside(on, R)[:, None, None], turned, R)
+        return state | {"rotations": rotations}
 
 
 @dataclass(frozen=True, repr=False)
@@ -209,9 +221,8 @@ class RotoGrad(_Rotating):
     Example:
         >>> method = RotoGrad(rotate=False)
         >>> w, state = method.init(["a", "b"])
-        >>> norms = torch.tensor([1.0, 3.0]).double()
-        >>> method.update(state, Statistics(torch.ones(2).double(), torch.ones(2).bool(), norms))[0]
-        tensor([2.0000, 0.6667], dtype=torch.float64)
+        >>> method.update(state, Statistics(losses=[1.0, 1.0], present=[True, True], norms=[1.0, 3.0]))[0]
+        array([2.        , 0.66666667])
     """
 
     rotate: bool = True
@@ -221,30 +232,30 @@ class RotoGrad(_Rotating):
     def _rotates(self) -> bool:
         return self.rotate
 
-    def weigh(self, state: State, statistics: Statistics) -> Tensor:
+    def weigh(self, state: State, statistics: Statistics) -> Array:
         """ω of Algorithm 1 for these norms, acting on gradients of the losses as they were weighted until now."""
         remembered = self._remember(state, statistics)
         if self.normalize_losses:
             remembered["loss_weights"] = state["loss_weights"]
         return self._magnitudes(remembered, statistics)
 
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+    def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """New weights from this window's norms, and one step of the rotations."""
         updates = int(state["updates"])
         state = self._turn(self._remember(state, statistics), statistics, updates)
         state["weights"] = self._magnitudes(state, statistics)
         return state["weights"], state
 
-    def _magnitudes(self, state: State, statistics: Statistics) -> Tensor:
+    def _magnitudes(self, state: State, statistics: Statistics) -> Array:
         w, n, n_0 = state["weights"], statistics.norms, state["initial_norms"]
         assert n is not None
         on = statistics.present & (n > 0)
         if not self.scale or not on.any():
             return w
-        alpha = torch.where(on, n / torch.where(n_0 > 0, n_0, n), 0.0)
-        n = n * state.get("loss_weights", torch.ones_like(w))
+        alpha = np.where(on, n / np.where(on, np.where(n_0 > 0, n_0, n), 1.0), 0.0)
+        n = n * state.get("loss_weights", 1.0)
         C = (alpha / alpha.sum() * n).sum()
-        return torch.where(on, C / n, w)
+        return np.where(on, C / np.where(on, n, 1.0), w)
 
 
 @dataclass(frozen=True, repr=False)
@@ -270,19 +281,10 @@ class RotoGradNorm(_Rotating):
         cooperative_after: See :class:`RotoGrad`.
     """
 
-    alpha: float
-    weights_lr: float = 0.025
+    alpha: float = non_negative()
+    weights_lr: float = positive(0.025)
 
     keeps_sum: ClassVar[bool] = True
-
-    def __post_init__(self, init: Any) -> None:
-        super().__post_init__(init)
-        if not 0 <= self.alpha < math.inf:
-            raise ValueError(f"Parameter `alpha` must be finite and at least 0. Found `alpha = {self.alpha!r}`.")
-        if not 0 < self.weights_lr < math.inf:
-            raise ValueError(
-                f"Parameter `weights_lr` must be positive and finite. Found `weights_lr = {self.weights_lr!r}`."
-            )
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -296,7 +298,7 @@ class RotoGradNorm(_Rotating):
     def _state_of_weights(self, tasks: int) -> State:
         return adam_state(tasks)
 
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+    def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """One step of the weights, one of the rotations."""
         updates = int(state["updates"])
         state = self._turn(self._remember(state, statistics), statistics, updates)
@@ -304,25 +306,28 @@ class RotoGradNorm(_Rotating):
         assert M is not None
         on = statistics.present & (state["initial_losses"] > 0)
         if on.any():
-            scale = state.get("loss_weights", torch.ones_like(w))
-            M = M * torch.outer(scale, scale)
-            n, r = M.diagonal().sqrt(), torch.where(on, L / state["initial_losses"], 0.0)
-            r = r * (on.sum() / r.sum().clamp(min=torch.finfo(r.dtype).tiny))
-            w_on = torch.where(on, w, 0.0)
-            mean_gradient = (w_on @ M @ w_on).clamp(min=0).sqrt() / on.sum()
+            K = np.count_nonzero(on)
+            scale = state.get("loss_weights", np.ones(len(w)))
+            M = M * np.outer(scale, scale)
+            n = np.sqrt(np.maximum(M.diagonal(), 0))
+            r = np.where(on, L / np.where(on, state["initial_losses"], 1.0), 0.0)
+            r = r * (K / max(r.sum(), SMALLEST))
+            w_on = np.where(on, w, 0.0)
+            mean_gradient = np.sqrt(max(w_on @ M @ w_on, 0.0)) / K
             gap = w * n - mean_gradient * r**self.alpha
-            s = torch.sign(gap).where(gap.abs() > ROUNDING * w * n, 0.0)
+            s = np.sign(gap) * (np.abs(gap) > ROUNDING * w * n)
             gradient = s * w * n - w / w_on.sum() * (w_on * s * n).sum()
-            v, moments = adam_step(w.log(), gradient, state, on, self.weights_lr)
-            state |= moments | {"weights": share(w, v.exp(), on)}
+            v, moments = adam_step(np.log(np.maximum(w, TINY)), gradient, state, on, self.weights_lr)
+            state |= moments | {"weights": share(w, np.exp(v), on)}
         return state["weights"], state
 
 
-def _beside(values: Tensor, like: Tensor) -> Tensor:
-    """Small CPU values where ``like`` lives, without the host waiting for it."""
+def _beside(values: NDArray[Any], like: Tensor) -> Tensor:
+    """A small array where ``like`` lives, in one copy and without the host waiting for it."""
+    tensor = torch.from_numpy(values)
     if like.is_cuda:
-        values = values.pin_memory()
-    return values.to(like.device, non_blocking=True)
+        tensor = tensor.pin_memory()
+    return tensor.to(like.device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=8)
@@ -374,7 +379,7 @@ def orthogonalise(R: Tensor) -> Tensor:
 def haar(K: int, m: int, seed: int) -> Tensor:
     """K rotations, uniform on SO(m) (Mezzadri, math-ph/0609050), float64 ``[K, m, m]``."""
     generator = torch.Generator().manual_seed(seed)
-    Q, T = torch.linalg.qr(torch.randn(K, m, m, dtype=torch.float64, generator=generator))
-    Q = Q * T.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
+    Q_, T = torch.linalg.qr(torch.randn(K, m, m, dtype=torch.float64, generator=generator))
+    Q: Tensor = Q_ * T.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
     Q[:, :, 0] *= torch.linalg.det(Q).sign()[:, None]
     return Q

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from accel_weighting.methods.algebra import FLOOR, mixed_seed, share
-from accel_weighting.statistics import Method, State, Statistics, initial_vector
-
-TINY = 1e-30
-"""At or below it a loss counts as 0: its logarithm, or a ratio to it, would not be finite."""
+from accel_weighting.methods.algebra import TINY, Array, LossMethod, mixed_seed, share, softmax
+from accel_weighting.statistics import InitialWeights, State, Statistics, count, finite, integer, positive, within
 
 
 @dataclass(frozen=True)
-class SoftAdapt(Method):
+class SoftAdapt(LossMethod):
     """SoftAdapt: ``α_k = softmax_k(β s_k)``, s_k the slope of the loss (§3.1.1), with sum 1 as in its source.
 
     The slope is ``s_k = (L_k(t) − L_k(t−n)) / n`` over n = ``history`` steps; n = 1 is the paper's basic form. It is
@@ -47,51 +43,40 @@ class SoftAdapt(Method):
     Source: Heydari, Thompson and Mehmood, 2019, arXiv 1912.12355.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"losses"})
+    positive_losses: ClassVar[bool] = False
     keeps_sum: ClassVar[bool] = True
+    sum_of_one: ClassVar[bool] = True
+    memory: ClassVar[tuple[str, ...]] = ("count",)
 
-    beta: float = 0.1
-    history: int = 1
+    beta: float = finite(0.1)
+    history: int = count(1)
     variant: Literal["original", "normalized", "loss_weighted"] = "original"
 
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.beta):
-            raise ValueError(f"Parameter `beta` must be finite. Found `beta = {self.beta}`.")
-        if not (isinstance(self.history, int) and self.history >= 1):
-            raise ValueError(f"Parameter `history` must be a positive integer. Found `history = {self.history!r}`.")
-        if self.variant not in ("original", "normalized", "loss_weighted"):
-            raise ValueError(
-                "Parameter `variant` must be 'original', 'normalized' or 'loss_weighted'. "
-                f"Found `variant = {self.variant!r}`."
-            )
-
-    def init(
-        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
         """Weights 1/K unless ``initial_weights`` say otherwise; an empty window of losses, ``[K, history + 1]``."""
-        weights = initial_vector(tasks, initial_weights, default=1 / len(tasks)).clamp(min=FLOOR)
-        window = torch.zeros(len(tasks), self.history + 1, dtype=torch.float64)
-        return weights, {"weights": weights, "window": window, "count": torch.zeros_like(weights)}
+        weights, state = super().init(tasks, initial_weights)
+        return weights, state | {"window": np.zeros((len(tasks), self.history + 1))}
 
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+    def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """Moves the window of every present task on by one loss, and weights by the slopes of the full ones."""
         L, present = statistics.losses, statistics.present
-        window = torch.where(present[:, None], torch.cat([state["window"][:, 1:], L[:, None]], 1), state["window"])
-        count = state["count"] + present
-        ready = present & (count > self.history)
+        moved = np.concatenate([state["window"][:, 1:], L[:, None]], axis=1)
+        window = np.where(present[:, None], moved, state["window"])
+        counts = state["count"] + present
+        ready = present & (counts > self.history)
 
         s = (window[:, -1] - window[:, 0]) / self.history
         if self.variant == "normalized":
-            s = s / s.where(ready, 0.0).abs().sum().clamp(min=TINY)
+            s = s / max(np.abs(np.where(ready, s, 0.0)).sum(), TINY)
         scores = self.beta * s
         if self.variant == "loss_weighted":
-            scores = scores + window.mean(1).clamp(min=TINY).log()
-        weights = share(state["weights"], scores.where(ready, -math.inf).softmax(0), ready)
-        return weights, {"weights": weights, "window": window, "count": count}
+            scores = scores + np.log(np.maximum(window.mean(1), TINY))
+        weights = share(state["weights"], softmax(scores, ready), ready)
+        return weights, {"weights": weights, "window": window, "count": counts}
 
 
 @dataclass(frozen=True)
-class ReLoBRaLo(Method):
+class ReLoBRaLo(LossMethod):
     """Relative loss balancing with random lookback: progress since the step before, and now and then since the start.
 
     With ``λ̂(t; t') = K softmax_k(L_k(t) / (τ L_k(t')))`` and ρ ~ Bernoulli(``rho``), one draw for all tasks,
@@ -116,50 +101,37 @@ class ReLoBRaLo(Method):
     Source: Bischof and Kraus, 2021, arXiv 2110.09813.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"losses"})
-    positive_losses: ClassVar[bool] = True
     keeps_sum: ClassVar[bool] = True
+    memory: ClassVar[tuple[str, ...]] = ("first", "last")
 
-    alpha: float = 0.999
-    tau: float = 0.1
-    rho: float = 0.999
-    seed: int = 0
+    alpha: float = within("[0, 1]", 0.999)
+    tau: float = positive(0.1)
+    rho: float = within("[0, 1]", 0.999)
+    seed: int = integer(0)
 
-    def __post_init__(self) -> None:
-        for name in ("alpha", "rho"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"Parameter `{name}` must lie in [0, 1]. Found `{name} = {getattr(self, name)}`.")
-        if not 0 < self.tau < math.inf:
-            raise ValueError(f"Parameter `tau` must be positive and finite. Found `tau = {self.tau}`.")
-        if not isinstance(self.seed, int):
-            raise ValueError(f"Parameter `seed` must be an integer. Found `seed = {self.seed!r}`.")
-
-    def init(
-        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
         """λ(0), 1 unless ``initial_weights`` say otherwise; losses not seen yet are written as 0."""
-        weights = initial_vector(tasks, initial_weights).clamp(min=FLOOR)
-        zeros = torch.zeros_like(weights)
-        return weights, {"weights": weights, "first": zeros, "last": zeros, "counter": torch.tensor(0)}
+        weights, state = super().init(tasks, initial_weights)
+        return weights, state | {"counter": np.asarray(0)}
 
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+    def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """λ(t) from λ(t−1), L(t), L(t−1) and L(0)."""
         L, active = statistics.losses, statistics.present & (statistics.losses > TINY)
-        weights, first, last = state["weights"], state["first"], state["last"]
+        weights, first, last, counter = state["weights"], state["first"], state["last"], int(state["counter"])
         ready = active & (first > 0)
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, int(state["counter"])))
-        rho = torch.rand((), generator=generator, dtype=torch.float64) < self.rho
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, counter))
+        rho = float(torch.rand((), generator=generator, dtype=torch.float64)) < self.rho
 
-        def balance(reference: Tensor) -> Tensor:  # λ̂(t; t')
-            relative = L / (self.tau * reference)
-            return share(weights, relative.where(ready, -math.inf).softmax(0), ready)
+        def balance(reference: Array) -> Array:  # λ̂(t; t')
+            relative = L / (self.tau * np.where(ready, reference, 1.0))
+            return share(weights, softmax(relative, ready), ready)
 
         history = weights if rho else balance(first)
         mixed = self.alpha * history + (1 - self.alpha) * balance(last)
-        weights = torch.where(ready, mixed, weights)
+        weights = np.where(ready, mixed, weights)
         return weights, {
             "weights": weights,
-            "first": torch.where(active & (first == 0), L, first),
-            "last": torch.where(active, L, last),
-            "counter": state["counter"] + 1,
+            "first": np.where(active & (first == 0), L, first),
+            "last": np.where(active, L, last),
+            "counter": np.asarray(counter + 1),
         }

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from accel_weighting.statistics import Method, State, Statistics, initial_vector
+from accel_weighting.methods.algebra import Array
+from accel_weighting.statistics import (
+    InitialWeights,
+    Method,
+    State,
+    Statistics,
+    check_tasks,
+    initial_vector,
+    positive_by_task,
+)
 
 
 @dataclass(frozen=True)
@@ -24,14 +31,12 @@ class EqualWeighting(Method):
 
     keeps_sum: ClassVar[bool] = True
 
-    def init(
-        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
         """The initial weights, 1 each by default."""
         w = initial_vector(tasks, initial_weights)
         return w, {"weights": w}
 
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+    def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """The same weights."""
         return state["weights"], state
 
@@ -54,31 +59,18 @@ class StaticWeighting(Method):
         [2.0, 0.5]
     """
 
-    weights: Mapping[str, float] = field(hash=False)  # dictionaries do not hash; equality still compares them
+    weights: Mapping[str, float] = positive_by_task(every=True)
 
     keeps_sum: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", {task: float(weight) for task, weight in sorted(self.weights.items())})
-        wrong = {task: weight for task, weight in self.weights.items() if not (0 < weight < math.inf)}
-        if wrong:
-            raise ValueError(f"Parameter `weights` must hold positive finite numbers. Found `{wrong}`.")
-
-    def init(
-        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
         """The weights, in task order."""
-        missing, unknown = [t for t in tasks if t not in self.weights], [t for t in self.weights if t not in tasks]
-        if missing or unknown:
-            raise ValueError(
-                "Parameter `weights` must name every task and no other. "
-                f"Found missing names `{missing}`, unknown names `{unknown}`; the tasks are `{list(tasks)}`."
-            )
+        check_tasks(self, tasks)
         w = initial_vector(tasks, self.weights)
-        if initial_weights is not None and not torch.equal(initial_vector(tasks, initial_weights), w):
+        if initial_weights is not None and not np.array_equal(initial_vector(tasks, initial_weights), w):
             raise ValueError("`StaticWeighting` has its own weights: give it none in `initial_weights`.")
         return w, {"fixed": w}
 
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+    def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """The same weights."""
         return state["fixed"], state

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from accel_weighting.methods.algebra import FLOOR, share
-from accel_weighting.statistics import Method, State, Statistics, initial_vector
+from accel_weighting.methods.algebra import Array, LossMethod, log, share, softmax
+from accel_weighting.statistics import State, Statistics, count, positive
 
 
 @dataclass(frozen=True)
-class SmoothTchebycheff(Method):
+class SmoothTchebycheff(LossMethod):
     """Smooth Tchebycheff scalarization: the worst tasks, relative to where they were, get the weight.
 
     The paper minimises ``g_μ = μ log Σ_k exp(f_k / μ)``, which tends to ``max_k f_k`` as μ → 0, and whose gradient is
@@ -46,44 +43,25 @@ class SmoothTchebycheff(Method):
         >>> method = SmoothTchebycheff(mu=0.5, warmup=1)
         >>> weights, state = method.init(["improved", "did not"])
         >>> for losses in ([2.0, 2.0], [1.0, 2.0]):
-        ...     statistics = Statistics(torch.tensor(losses).double(), torch.tensor([True, True]))
-        ...     weights, state = method.update(state, statistics)
+        ...     weights, state = method.update(state, Statistics(losses, present=[True, True]))
         >>> weights  # (1/2)² / 1 to (2/2)² / 2
-        tensor([0.6667, 1.3333], dtype=torch.float64)
+        array([0.66666667, 1.33333333])
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"losses"})
-    positive_losses: ClassVar[bool] = True
     keeps_sum: ClassVar[bool] = True
+    memory: ClassVar[tuple[str, ...]] = ("nadir", "count")
 
-    mu: float = 0.5
-    warmup: int = 100
+    mu: float = positive(0.5)
+    warmup: int = count(100)
 
-    def __post_init__(self) -> None:
-        if not 0 < self.mu < math.inf:
-            raise ValueError(f"Parameter `mu` must be positive and finite. Found `mu = {self.mu}`.")
-        if not (isinstance(self.warmup, int) and self.warmup >= 1):
-            raise ValueError(f"Parameter `warmup` must be a positive integer. Found `warmup = {self.warmup!r}`.")
-
-    def init(
-        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        """Weights 1 unless ``initial_weights`` say otherwise."""
-        weights = initial_vector(tasks, initial_weights).clamp(min=FLOOR)
-        return weights, {
-            "weights": weights,
-            "nadir": torch.zeros_like(weights),
-            "count": torch.zeros_like(weights),
-        }
-
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+    def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """A warming task moves its nadir; a settled one takes its share of ``softmax(f / μ) / L``."""
         L, active = statistics.losses, statistics.present & (statistics.losses > 0)
         warming = active & (state["count"] < self.warmup)
         ready = active & ~warming
-        count = state["count"] + warming
-        nadir = state["nadir"] + ((L - state["nadir"]) / count).where(warming, 0.0)  # a running mean
+        counts = state["count"] + warming
+        nadir = state["nadir"] + np.where(warming, (L - state["nadir"]) / np.maximum(counts, 1), 0.0)  # running mean
 
-        f = (L / nadir).log()
-        weights = share(state["weights"], (f / self.mu - L.log()).where(ready, -math.inf).softmax(0), ready)
-        return weights, {"weights": weights, "nadir": nadir, "count": count}
+        f = log(L / np.where(ready, nadir, 1.0), ready)
+        weights = share(state["weights"], softmax(f / self.mu - log(L, ready), ready), ready)
+        return weights, {"weights": weights, "nadir": nadir, "count": counts}

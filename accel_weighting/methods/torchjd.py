@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from accel_weighting.methods.algebra import mixed_seed, solve_present
-from accel_weighting.statistics import Method, State, Statistics, initial_vector
+from accel_weighting.methods.algebra import Array, mixed_seed, solve_present
+from accel_weighting.statistics import InitialWeights, Method, State, Statistics, initial_vector, integer
+
+Memory = dict[str, Tensor]
+"""Tensors of a TorchJD weighting, by dotted name."""
 
 _NOT_GRAMIAN = {"ExcessMTLWeighting", "MoDoWeighting", "SDMGradWeighting", "_NashMTLWeighting"}
 
@@ -49,9 +54,10 @@ class TorchJDWeighting(Method):
     acts_on: ClassVar[Literal["losses", "shared"]] = "shared"
 
     weighting: Any
-    seed: int = 0
+    seed: int = integer(0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         try:
             from torchjd.aggregation import Weighting
         except ImportError as error:
@@ -80,60 +86,67 @@ class TorchJDWeighting(Method):
     def __hash__(self) -> int:
         return hash(repr(self))
 
-    def init(
-        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
         """The answer for orthonormal gradients unless ``initial_weights`` are given; the memory is still empty."""
         K = len(tasks)
-        M, rows = torch.eye(K, dtype=torch.float64), torch.arange(K)
+        M, rows = np.eye(K), np.arange(K)
         weights, _ = self._call(M, rows, K, {}, 0)
         _, after = self._call(M * (1 + rows / K) - 0.5 / K, rows, K, {}, 0)  # tasks with nothing in common but conflict
-        if initial_weights is not None or not weights.isfinite().all():
+        if initial_weights is not None or not np.isfinite(weights).all():
             weights = initial_vector(tasks, initial_weights)
         fresh = _tensors(self.weighting)
         changed = {key: v for key, v in after.items() if key not in fresh or not torch.equal(v, fresh[key])}
-        empty = {f"memory.{key}": torch.zeros_like(value)[None] for key, value in changed.items()}  # no row per task
-        return weights, {"weights": weights, "counter": torch.tensor(1), "started": torch.tensor(False), **empty}
+        empty = {
+            f"memory.{key}": np.zeros_like(value.numpy())[None] for key, value in changed.items()
+        }  # no row per task
+        return weights, {"weights": weights, "counter": np.asarray(1), "started": np.asarray(False), **empty}
 
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+    def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """Calls a copy of the weighting that remembers what the state says."""
-        K, rows, started = len(statistics.present), statistics.present.nonzero()[:, 0], bool(state["started"])
-        old = {key.removeprefix("memory."): value[0] for key, value in state.items() if key.startswith("memory.")}
-        new: State = {}
+        K, rows, started = len(statistics.present), statistics.present.nonzero()[0], bool(state["started"])
+        old = {
+            key.removeprefix("memory."): torch.tensor(value[0])
+            for key, value in state.items()
+            if key.startswith("memory.")
+        }
+        new: Memory = {}
 
-        def solve(M: Tensor) -> Tensor:
+        def solve(M: Array) -> Array:
             weights, after = self._call(M, rows, K, old if started else {}, int(state["counter"]))
             new.update(after)
             return weights
 
         weights = solve_present(solve, state["weights"], statistics)
-        next_state = {**state, "counter": state["counter"] + 1}
-        if not weights.isfinite().all():
-            return state["weights"].clone(), next_state
+        next_state = {**state, "counter": np.asarray(state["counter"] + 1)}
+        if not np.isfinite(weights).all():
+            return state["weights"].copy(), next_state
         if new and (started or statistics.present.all()):
             for key, value in old.items():
                 kept = value.clone()
                 kept[_index(kept, K, rows)] = new[key]
-                next_state[f"memory.{key}"] = kept[None]
-            next_state["started"] = torch.tensor(True)
+                next_state[f"memory.{key}"] = kept.numpy()[None]
+            next_state["started"] = np.asarray(True)
         return weights, {**next_state, "weights": weights}
 
-    def _call(self, M: Tensor, rows: Tensor, K: int, memory: State, counter: int) -> tuple[Tensor, State]:
+    def _call(self, M: Array, rows: NDArray[np.intp], K: int, memory: Memory, counter: int) -> tuple[Array, Memory]:
         """Weights for ``M`` of the tasks ``rows`` out of K by a weighting with ``memory``, and its tensors then."""
         if len(M) == 1:
-            return torch.ones(1, dtype=torch.float64), {}
+            return np.ones(1), {}
         weighting = copy.deepcopy(self.weighting)
         _restore(weighting, _part(_tensors(weighting), K, rows))  # preferences, for example
+        gramian = torch.from_numpy(M)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             if memory:
-                weighting(M)  # for what is not a tensor: TorchJD notes the number of tasks, to start anew on another
+                weighting(
+                    gramian
+                )  # for what is not a tensor: TorchJD notes the number of tasks, to start anew on another
                 _restore(weighting, _part(memory, K, rows))
             torch.default_generator.manual_seed(mixed_seed(self.seed, counter))
-            weights = weighting(M).to(torch.float64)
+            weights: Array = weighting(gramian).to(torch.float64).numpy()
         return weights, _tensors(weighting)
 
 
-def _tensors(weighting: nn.Module) -> State:
+def _tensors(weighting: nn.Module) -> Memory:
     """Buffers and plain tensor attributes of a module and its children, by dotted name."""
     return {
         f"{path}.{key}" if path else key: value
@@ -143,20 +156,20 @@ def _tensors(weighting: nn.Module) -> State:
     }
 
 
-def _restore(weighting: nn.Module, tensors: State) -> None:
+def _restore(weighting: nn.Module, tensors: Memory) -> None:
     for name, value in tensors.items():
         path, _, key = name.rpartition(".")
         module = weighting.get_submodule(path)
         (module._buffers if key in module._buffers else vars(module))[key] = value
 
 
-def _part(tensors: State, K: int, rows: Tensor) -> State:
+def _part(tensors: Memory, K: int, rows: NDArray[np.intp]) -> Memory:
     return {key: value[_index(value, K, rows)].clone() for key, value in tensors.items()}
 
 
-def _index(value: Tensor, K: int, rows: Tensor) -> tuple[Tensor, ...]:
+def _index(value: Tensor, K: int, rows: NDArray[np.intp]) -> tuple[Tensor, ...]:
     """Index of the part of ``value`` that belongs to the tasks ``rows``: in every dimension with K entries."""
-    axes = [rows if size == K else torch.arange(size) for size in value.shape]
+    axes = [torch.from_numpy(rows) if size == K else torch.arange(size) for size in value.shape]
     return tuple(torch.meshgrid(*axes, indexing="ij")) if axes else ()
 
 

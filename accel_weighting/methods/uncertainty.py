@@ -3,47 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from accel_weighting.methods.adam import adam_state, adam_step
-from accel_weighting.methods.algebra import FLOOR
-from accel_weighting.statistics import Method, State, Statistics, initial_vector
+from accel_weighting.methods.algebra import FLOOR, Array, LossMethod, Mask
+from accel_weighting.statistics import InitialWeights, State, Statistics, check_tasks, initial_vector, names, positive
+
+BOUND = -math.log(FLOOR)
+"""Largest |s|. A loss that stays at 0 pushes its s on for ever; held here, its weight stays finite."""
+
 
 BOUND = -math.log(FLOOR)
 """Largest |s|. A loss that stays at 0 pushes its s on for ever; held here, its weight stays finite."""
 
 
 @dataclass(frozen=True)
-class _LearnedScale(Method):
-    """One scalar ``s`` per task, descended on a closed-form gradient of the window's mean losses."""
+class _LearnedScale(LossMethod):
+    """One scalar ``s`` per task, descended on a closed-form gradient of the window's mean losses.
 
-    needs: ClassVar[frozenset[str]] = frozenset({"losses"})
-    positive_losses: ClassVar[bool] = True  # a negative loss has no best s: the objective falls without end
+    The losses must be positive: for a negative one there is no best s, the objective falls without end.
+    """
 
-    lr: float = 0.025
+    lr: float = positive(0.025)
     optimizer: Literal["adam", "sgd"] = "adam"
 
-    def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"Parameter `lr` must be positive and finite. Found `lr = {self.lr}`.")
-        if self.optimizer not in ("adam", "sgd"):
-            raise ValueError(f"Parameter `optimizer` must be 'adam' or 'sgd'. Found `optimizer = {self.optimizer!r}`.")
-
-    def _begin(self, s: Tensor) -> State:
+    def _begin(self, s: Array) -> State:
         moments = adam_state(len(s)) if self.optimizer == "adam" else {}
-        return {"s": s.clamp(-BOUND, BOUND), **moments}
+        return {"s": np.clip(s, -BOUND, BOUND), **moments}
 
-    def _descend(self, state: State, gradient: Tensor, present: Tensor) -> State:
+    def _descend(self, state: State, gradient: Array, present: Mask) -> State:
         if self.optimizer == "adam":
             s, moments = adam_step(state["s"], gradient, state, present, self.lr)
         else:
-            s, moments = torch.where(present, state["s"] - self.lr * gradient, state["s"]), {}
-        return {**state, **moments, "s": s.clamp(-BOUND, BOUND)}
+            s, moments = np.where(present, state["s"] - self.lr * gradient, state["s"]), {}
+        return {**state, **moments, "s": np.minimum(np.maximum(s, -BOUND), BOUND)}
 
 
 @dataclass(frozen=True)
@@ -71,28 +68,25 @@ class UncertaintyWeighting(_LearnedScale):
 
     Example:
         >>> UncertaintyWeighting(classification=("class",)).init(["depth", "class"])[0]
-        tensor([0.5000, 1.0000], dtype=torch.float64)
+        array([0.5, 1. ])
     """
 
-    classification: Sequence[str] = ()
+    classification: Sequence[str] = names(())
 
-    def init(
-        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
         """Weights f_k e^{−s_k}: 1/2, or 1 for a cross entropy, unless ``initial_weights`` say otherwise."""
-        if unknown := sorted(set(self.classification) - set(tasks)):
-            raise ValueError(f"Parameter `classification` must name tasks out of {list(tasks)}. Found {unknown}.")
-        factor = torch.tensor([1.0 if task in self.classification else 0.5 for task in tasks], dtype=torch.float64)
+        check_tasks(self, tasks)
+        factor = np.array([1.0 if task in self.classification else 0.5 for task in tasks])
         weights = initial_vector(tasks, initial_weights, default=math.nan)
-        weights = torch.where(weights.isnan(), factor, weights).clamp(min=FLOOR)
-        state = self._begin((factor / weights).log())
+        weights = np.maximum(np.where(np.isnan(weights), factor, weights), FLOOR)
+        state = self._begin(np.log(factor / weights))
         return weights, {**state, "factor": factor}
 
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+    def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """One step of ``s``, then ``w = f e^{−s}``."""
         L, f = statistics.losses, state["factor"]
-        state = self._descend(state, 0.5 - f * torch.exp(-state["s"]) * L, statistics.present)
-        return (f * torch.exp(-state["s"])).clamp(min=FLOOR), state
+        state = self._descend(state, 0.5 - f * np.exp(-state["s"]) * L, statistics.present)
+        return np.maximum(f * np.exp(-state["s"]), FLOOR), state
 
 
 @dataclass(frozen=True)
@@ -115,14 +109,12 @@ class IMTLL(_LearnedScale):
     Source: Liu et al., Towards Impartial Multi-task Learning, ICLR 2021 (OpenReview IMPnRXEWpvr; not on arXiv).
     """
 
-    def init(
-        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
         """Weights e^{s_k}: 1 unless ``initial_weights`` say otherwise."""
-        weights = initial_vector(tasks, initial_weights).clamp(min=FLOOR)
-        return weights, self._begin(weights.log())
+        weights, _ = super().init(tasks, initial_weights)
+        return weights, self._begin(np.log(weights))
 
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+    def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """One step of ``s``, then ``w = e^s``."""
-        state = self._descend(state, state["s"].exp() * statistics.losses - 1, statistics.present)
-        return state["s"].exp().clamp(min=FLOOR), state
+        state = self._descend(state, np.exp(state["s"]) * statistics.losses - 1, statistics.present)
+        return np.maximum(np.exp(state["s"]), FLOOR), state

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from accel_weighting.methods.algebra import FLOOR, share
-from accel_weighting.statistics import Method, State, Statistics, require
+from accel_weighting.methods.algebra import FLOOR, Array, Mask, share
+from accel_weighting.statistics import (
+    InitialWeights,
+    Method,
+    State,
+    Statistics,
+    count,
+    non_negative,
+    positive,
+    within,
+)
 
 INNER = "inner."
 
@@ -26,12 +33,9 @@ def _prefixed(state: State) -> State:
 
 @dataclass(frozen=True)
 class _Wrapper(Method):
-    """Is to the weighter what the wrapped method is; keeps its own weights, a count, and the inner state."""
+    """Presents the same interface as the wrapped method; keeps its own weights, a count, and the inner state."""
 
     method: Method
-
-    def __post_init__(self) -> None:
-        require(self, "method", isinstance(self.method, Method), "be a method such as `GradNorm()`")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -49,6 +53,18 @@ class _Wrapper(Method):
     def keeps_sum(self) -> bool:  # type: ignore[override]
         return self.method.keeps_sum
 
+    @property
+    def dim(self) -> int:  # type: ignore[override]
+        return self.method.dim
+
+    @property
+    def size(self) -> int | None:  # type: ignore[override]
+        return self.method.size
+
+    @property
+    def cooperative(self) -> bool:  # type: ignore[override]
+        return self.method.cooperative
+
     def __getattr__(self, name: str) -> Any:
         """What else the inner method offers; its functions (``widen``) take the state first, and get their part."""
         if name.startswith("_") or name == "method":  # copies ask before there is a method
@@ -63,32 +79,30 @@ class _Wrapper(Method):
 
         return forwarded
 
-    def init(
-        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
         """The method's initial weights."""
         w, inner = self.method.init(tasks, initial_weights)
-        return w, {"weights": w, "updates": torch.tensor(0)} | _prefixed(inner)
+        return w, {"weights": w, "updates": np.asarray(0)} | _prefixed(inner)
 
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+    def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """The method's update, and its weights as this wrapper changes them."""
         w, inner = self.method.update(_inner(state), statistics)
         w = self._changed(state, w, statistics.present)
-        return w, {"weights": w, "updates": state["updates"] + 1} | _prefixed(inner)
+        return w, {"weights": w, "updates": np.asarray(state["updates"] + 1)} | _prefixed(inner)
 
-    def weigh(self, state: State, statistics: Statistics) -> Tensor:
+    def weigh(self, state: State, statistics: Statistics) -> Array:
         """The method's weights for these very statistics, as this wrapper changes them."""
         return self._changed(state, self.method.weigh(_inner(state), statistics), statistics.present)
 
-    def _changed(self, state: State, w: Tensor, present: Tensor) -> Tensor:
+    def _changed(self, state: State, w: Array, present: Mask) -> Array:
         """The method's new weights ``w``, changed; ``state`` is the one before the update."""
         raise NotImplementedError
 
-    def _keep_absent(self, old: Tensor, new: Tensor, present: Tensor) -> Tensor:
+    def _keep_absent(self, old: Array, new: Array, present: Mask) -> Array:
         """Absent tasks keep the weight they had *here*, which need not be the inner method's."""
         if present.all():
             return new
-        return share(old, new, present) if self.keeps_sum else torch.where(present, new, old)
+        return share(old, new, present) if self.keeps_sum else np.where(present, new, old)
 
 
 @dataclass(frozen=True)
@@ -108,14 +122,9 @@ class Smooth(_Wrapper):
         frozenset({'norms'})
     """
 
-    decay: float
+    decay: float = within("[0, 1)")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"Parameter `decay` must be at least 0 and less than 1. Found `decay = {self.decay!r}`.")
-
-    def _changed(self, state: State, w: Tensor, present: Tensor) -> Tensor:
+    def _changed(self, state: State, w: Array, present: Mask) -> Array:
         old = state["weights"]
         return self._keep_absent(old, self.decay * old + (1 - self.decay) * w, present)
 
@@ -141,20 +150,17 @@ class Clamp(_Wrapper):
         [0.5, 1.0, 1.5]
     """
 
-    low: float
-    high: float
+    low: float = non_negative()
+    high: float = positive()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.low < self.high < math.inf:
+        if not self.low < self.high:
             raise ValueError(
-                "Parameters `low` and `high` must be finite, with 0 <= low < high. "
-                f"Found `low = {self.low!r}`, `high = {self.high!r}`."
+                f"Parameter `low` must be less than `high`. Found `low = {self.low!r}`, `high = {self.high!r}`."
             )
 
-    def init(
-        self, tasks: Sequence[str], initial_weights: Mapping[str, float] | Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
         """The method's initial weights, clipped."""
         w, state = super().init(tasks, initial_weights)
         mean = float(w.mean())
@@ -166,16 +172,16 @@ class Clamp(_Wrapper):
         state["weights"] = self._clip(w)
         return state["weights"], state
 
-    def _changed(self, state: State, w: Tensor, present: Tensor) -> Tensor:
-        w = self._keep_absent(state["weights"], w, present).clone()
+    def _changed(self, state: State, w: Array, present: Mask) -> Array:
+        w = self._keep_absent(state["weights"], w, present).copy()
         w[present] = self._clip(w[present])
         return w
 
-    def _clip(self, w: Tensor) -> Tensor:
-        x, total, free = w.clamp(min=FLOOR), w.sum(), torch.ones_like(w, dtype=torch.bool)
-        for _ in w:  # every round but the last clips a task for good
+    def _clip(self, w: Array) -> Array:
+        x, total, free = np.maximum(w, FLOOR), w.sum(), np.ones(len(w), np.bool_)
+        while free.any():  # every round but the last clips a task for good
             x[free] *= (total - x[~free].sum()) / x[free].sum()
-            over, under = (x - self.high).clamp(min=0), (self.low - x).clamp(min=0)
+            over, under = np.maximum(x - self.high, 0), np.maximum(self.low - x, 0)
             if not (over + under).any():
                 break
             # The larger excess says which way λ has to move, and so which tasks are clipped for good.
@@ -202,14 +208,9 @@ class Warmup(_Wrapper):
         [1.0, 1.0]
     """
 
-    steps: int
+    steps: int = count(least=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.steps >= 0:
-            raise ValueError(f"Parameter `steps` must be at least 0. Found `steps = {self.steps!r}`.")
-
-    def _changed(self, state: State, w: Tensor, present: Tensor) -> Tensor:
+    def _changed(self, state: State, w: Array, present: Mask) -> Array:
         old = state["weights"]
         return old if state["updates"] < self.steps else self._keep_absent(old, w, present)
 
@@ -233,22 +234,17 @@ class Every(_Wrapper):
         frozenset({'losses'})
     """
 
-    steps: int
+    steps: int = count()
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.steps >= 1:
-            raise ValueError(f"Parameter `steps` must be at least 1. Found `steps = {self.steps!r}`.")
-
-    def update(self, state: State, statistics: Statistics) -> tuple[Tensor, State]:
+    def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """The method's update, or none."""
         if state["updates"] % self.steps:
-            return state["weights"], state | {"updates": state["updates"] + 1}
+            return state["weights"], state | {"updates": np.asarray(state["updates"] + 1)}
         return super().update(state, statistics)
 
-    def weigh(self, state: State, statistics: Statistics) -> Tensor:
+    def weigh(self, state: State, statistics: Statistics) -> Array:
         """The method's weights for these very statistics, or those of its last update."""
         return state["weights"] if state["updates"] % self.steps else super().weigh(state, statistics)
 
-    def _changed(self, state: State, w: Tensor, present: Tensor) -> Tensor:
+    def _changed(self, state: State, w: Array, present: Mask) -> Array:
         return w
