@@ -130,13 +130,13 @@ def test_results_that_were_kept_are_not_run_again(tmp_path, capsys) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind.value for kind in DistributedType if kind.value not in SUPPORTED])
-def test_row_32_engines_without_one_plain_backward_are_refused_by_name(kind: str) -> None:
+def test_engines_without_one_plain_backward_are_refused_by_name(kind: str) -> None:
     accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value=kind), num_processes=1)
     with pytest.raises(NotImplementedError, match=f"Found {kind}, whose backward does not pass through"):
         Weighter(EqualWeighting(), ["a"], accelerator=accelerator)
 
 
-def test_row_32_megatron_and_xla_are_among_the_refused() -> None:
+def test_megatron_and_xla_are_among_the_refused() -> None:
     assert not SUPPORTED & {"MEGATRON_LM", "XLA"}
 
 
@@ -225,7 +225,7 @@ def scaled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], li
 
 
 @pytest.mark.parametrize("engine", FP16_ENGINES)
-def test_row_22_the_loss_scale_changes_nothing_but_rounding(engine: str, scaled: Any) -> None:
+def test_fp16_loss_scale_changes_nothing_but_rounding(engine: str, scaled: Any) -> None:
     high, low = scaled[engine, "2^16"], scaled[engine, "2^10"]
     assert not any(high[0].skipped + low[0].skipped)
     # fp16 keeps its digits under powers of 2; only the smallest numbers, below 2^-24 once scaled, lose some.
@@ -240,7 +240,7 @@ def moves(run: Run) -> list[bool]:
 
 @pytest.mark.parametrize("engine", FP16_ENGINES)
 @pytest.mark.parametrize("where", ["loss", "tap"])
-def test_row_21_an_overflow_on_one_process_holds_all_for_that_step(engine: str, where: str, scaled: Any) -> None:
+def test_fp16_overflow_on_one_process_skips_the_update_on_all(engine: str, where: str, scaled: Any) -> None:
     runs = scaled[engine, where]
     assert_ranks_agree(runs)
     for run in runs:
@@ -250,7 +250,7 @@ def test_row_21_an_overflow_on_one_process_holds_all_for_that_step(engine: str, 
 
 
 @pytest.mark.parametrize("engine", FP16_ENGINES)
-def test_row_21_an_overflow_that_parameters_alone_see_is_no_reason_to_hold(engine: str, scaled: Any) -> None:
+def test_fp16_overflow_in_parameters_alone_does_not_skip_the_update(engine: str, scaled: Any) -> None:
     runs = scaled[engine, "parameters"]
     assert_ranks_agree(runs)
     for run in runs:
@@ -260,7 +260,7 @@ def test_row_21_an_overflow_that_parameters_alone_see_is_no_reason_to_hold(engin
 
 
 @pytest.mark.parametrize("engine", FP16_ENGINES)
-def test_row_21_other_methods_hold_alike(engine: str, scaled: Any) -> None:
+def test_fp16_overflow_skips_the_update_of_other_methods_too(engine: str, scaled: Any) -> None:
     assert_ranks_agree(scaled[engine, "CoV loss"])
     assert scaled[engine, "CoV loss"][0].statistics_steps == {0, 1, 3, 4}
     runs = scaled[engine, "RotoGrad tap"]

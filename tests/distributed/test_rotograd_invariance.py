@@ -268,7 +268,7 @@ def resume(folder: str, steps: range, save: bool = False) -> dict[str, Tensor]:
     return kept | {"weights": state["weights"], "step": torch.tensor(state["step"])}
 
 
-def test_rows_25_and_26_a_resumed_run_is_bit_exact_and_on_other_processes_the_same(launched) -> None:
+def test_checkpoint_of_rotations_resumes_bitwise_and_on_another_number_of_processes(launched) -> None:
     ranks = launched("ddp", 2)
     through = ranks[0]["through"]
     assert through["step"] == STEPS and through["state.updates"] == STEPS

@@ -134,7 +134,7 @@ def rows_of(name: str) -> set[int]:
 
 def test_every_row_of_the_table_of_faults_has_a_test() -> None:
     assert rows_of("test_row_17_a_weight_changed_by_1e_9") == {17}
-    assert rows_of("test_rows_7_8_and_9_bad_losses") == {7, 8, 9}
+    assert rows_of("test_losses_of_a_wrong_name_shape_or_dtype_or_detached_are_refused") == {7, 8, 9}
     names = {
         node.name
         for path in Path(__file__).parents[1].rglob("test_*.py")

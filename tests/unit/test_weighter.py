@@ -127,7 +127,7 @@ def test_reset_drops_the_open_window():
     assert_statistics_by_hand(weighter, model)
 
 
-def test_row_16_a_backward_that_fails_leaves_nothing_of_its_window():
+def test_an_exception_in_a_backward_leaves_nothing_of_its_window():
     weighter, model = weighter_and_model()
 
     def fail(gradient):
@@ -201,7 +201,7 @@ KEEP = [GRADNORM, CoVWeighting(), CoVWeighting(total="tasks"), DynamicWeightAver
 
 @pytest.mark.parametrize("method", KEEP, ids=repr)
 @pytest.mark.parametrize(("before", "after"), [("ab", "acb"), ("abc", "ab")], ids=["a task added", "a task removed"])
-def test_row_27_not_strict_a_method_that_keeps_its_sum_keeps_that_of_its_own_tasks(method, before, after):
+def test_checkpoint_of_other_tasks_keeps_the_sum_of_the_weights(method, before, after):
     def weighter_after(tasks, steps, saved=None):
         model = net(list(tasks))
         weighter = Weighter(method, list(tasks), heads=dict(model.heads))
@@ -611,7 +611,7 @@ def test_tasks_that_share_no_sample_meet_at_the_shared_layer():
 
 
 @pytest.mark.parametrize("when", ["before", "between micro-batches", "after"])
-def test_row_31_a_generators_step_through_the_discriminator_is_not_recorded(when):
+def test_a_generators_step_through_the_discriminator_is_not_recorded(when):
     torch.manual_seed(0)
     generator = nn.Linear(6, 6).double()
     accelerator = fake_accelerator(sync=False)
@@ -635,7 +635,7 @@ def test_row_31_a_generators_step_through_the_discriminator_is_not_recorded(when
 
 @pytest.mark.parametrize("method", [GRADNORM, MGDA()], ids=["losses", "shared"])
 @pytest.mark.parametrize("first", ["theirs", "ours"])
-def test_row_31_the_users_own_backward_of_the_same_losses_adds_its_gradients_and_is_not_measured(first, method):
+def test_a_second_backward_by_the_user_adds_its_gradients_and_is_not_measured(first, method):
     """It cannot be told from a loss of the trunk's own; the gradients of both are in the parameters."""
     weighter, model = weighter_and_model(method, initial_weights={"depth": 0.5, "seg": 0.25})
     losses = losses_of(model)
@@ -738,7 +738,7 @@ def test_a_task_left_out_gets_no_gradient_at_all():
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["the first first", "the second first"])
-def test_row_29_two_weighters_with_heads_of_their_own_on_one_trunk(order):
+def test_two_weighters_with_heads_of_their_own_on_one_trunk(order):
     torch.manual_seed(0)
     model = Net(["a", "b", "c", "d"]).double()
     pairs = [["a", "b"], ["c", "d"]]
@@ -753,7 +753,7 @@ def test_row_29_two_weighters_with_heads_of_their_own_on_one_trunk(order):
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["the first", "the second"])
-def test_row_29_two_weighters_on_the_same_heads(which):
+def test_two_weighters_on_the_same_heads(which):
     model = net()
     weighters = [Weighter(GRADNORM, TASKS, heads=dict(model.heads)) for _ in range(2)]
     weighters[which].backward(losses_of(model))
@@ -798,7 +798,7 @@ def test_a_backward_after_its_window_is_not_recorded(closes):
 
 
 @pytest.mark.parametrize("why", ["detached", "no backward"])
-def test_row_10_a_later_window_in_which_no_gradient_came(why):
+def test_a_later_window_without_gradients_is_refused(why):
     weighter, model = weighter_and_model()
     weighter.backward(losses_of(model))
     before = weighter.weights
@@ -836,7 +836,7 @@ def checkpointed(model, x, where, reentrant):
     ],
 )
 @pytest.mark.parametrize("method", [GRADNORM, MGDA()], ids=["losses", "shared"])
-def test_row_33_activation_checkpointing(where, reentrant, method):
+def test_activation_checkpointing_gives_the_same_statistics_and_gradients(where, reentrant, method):
     weighter, model = weighter_and_model(method)
     for step in range(2):
         x, y = batch(step, 2, torch.float64)
@@ -850,7 +850,7 @@ def test_row_33_activation_checkpointing(where, reentrant, method):
     assert len(set(weights.values())) == 2
 
 
-def test_row_33_heads_recomputed_in_backwards_of_their_own_give_norms_only():
+def test_reentrant_activation_checkpointing_of_each_head_gives_norms_only():
     weighter, model = weighter_and_model()
     x, y = batch(0, 2, torch.float64)
     weighter.backward(task_losses(checkpointed(model, x, "every head apart", True), y))
@@ -871,7 +871,7 @@ def fresh_compiler():
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while tracing
 @pytest.mark.parametrize("route", ["heads", "branch"])
-def test_row_33_compiled_without_a_graph_break(route, fresh_compiler):
+def test_torch_compile_without_a_graph_break_gives_the_same_statistics(route, fresh_compiler):
     model = net()
     weighter = Weighter(GRADNORM, TASKS, **({"heads": dict(model.heads)} if route == "heads" else {}))
     if route == "branch":
@@ -893,7 +893,7 @@ def test_row_33_compiled_without_a_graph_break(route, fresh_compiler):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_row_17_a_fingerprint_changes_with_any_bit(dtype):
+def test_a_fingerprint_changes_with_any_bit(dtype):
     x = torch.randn(3, 4, 4, dtype=dtype, generator=torch.Generator().manual_seed(0))
     for bit in range(8 * x.element_size()):
         y = x.clone()
@@ -916,7 +916,7 @@ def rotated_run(checkpoint, size, compiled):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while tracing
 @pytest.mark.parametrize("checkpoint", ["", "join", "join reentrant"])
 @pytest.mark.parametrize("size", [None, 3])
-def test_row_33_compiled_rotations_are_one_graph_for_all_steps(checkpoint, size, fresh_compiler):
+def test_torch_compile_makes_one_graph_of_rotations_for_all_steps(checkpoint, size, fresh_compiler):
     torch._dynamo.utils.counters.clear()
     compiled = rotated_run(checkpoint, size, compiled=True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -940,7 +940,7 @@ def through_a_file(state):
     [GRADNORM, GradNorm(alpha=0.5, initial_loss_decay=0.9), CoVWeighting(), CoVWeighting(decay=0.9), MGDA()],
     ids=repr,
 )
-def test_row_25_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(method):
+def test_resumed_from_a_checkpoint_a_run_is_bitwise_the_uninterrupted_one(method):
     weighter, model = weighter_and_model(method)
     for step in range(3):
         weighter.backward(losses_of(model, step))
@@ -985,7 +985,7 @@ def test_frozen_and_skipped_steps_are_saved():
     assert again.frozen and again.log_values()["weighting/skipped_steps"] == 1
 
 
-def test_row_27_another_weighters_checkpoint_is_refused_with_all_differences():
+def test_checkpoint_of_another_weighter_is_refused_with_all_differences():
     weighter, _ = weighter_and_model()
     model = net(["depth", "normals"])
     other = Weighter(CoVWeighting(), ["depth", "normals"], heads=dict(model.heads))
@@ -1009,7 +1009,7 @@ def test_row_27_another_weighters_checkpoint_is_refused_with_all_differences():
     ],
     ids=["lag", "update_every", "shared_layer"],
 )
-def test_row_27_settings_of_the_weighter_that_move_the_weights_are_compared_too(method, setting, text):
+def test_checkpoint_of_other_settings_that_move_the_weights_is_refused(method, setting, text):
     weighter, model = weighter_and_model(method)
     for step in range(3):
         weighter.backward(losses_of(model, step))
@@ -1028,13 +1028,13 @@ def test_row_27_settings_of_the_weighter_that_move_the_weights_are_compared_too(
 
 
 @pytest.mark.parametrize("state", [{}, {"kind": "other", "params": 1}, None, [1]], ids=str)
-def test_row_28_something_else_is_refused(state):
+def test_checkpoint_of_something_else_is_refused(state):
     weighter, _ = weighter_and_model()
     with pytest.raises(ValueError, match=r"does not hold a weighter's state \(keys: .*in the same order"):
         weighter.load_state_dict(state)
 
 
-def test_row_27_a_task_added_keeps_what_fits():
+def test_checkpoint_with_a_task_added_keeps_what_fits():
     weighter, model = weighter_and_model()
     for step in range(3):
         weighter.backward(losses_of(model, step))
@@ -1059,7 +1059,7 @@ def test_row_27_a_task_added_keeps_what_fits():
     assert [step for step, _ in again.history][-1] == 3
 
 
-def test_row_27_a_task_gone_keeps_what_fits():
+def test_checkpoint_with_a_task_removed_keeps_what_fits():
     weighter, model = weighter_and_model()
     weighter.backward(losses_of(model))
     one = net(["seg"])
@@ -1071,7 +1071,7 @@ def test_row_27_a_task_gone_keeps_what_fits():
     again.backward(losses_of(one, tasks=1))
 
 
-def test_row_27_another_method_keeps_weights_averages_and_history():
+def test_checkpoint_of_another_method_keeps_weights_averages_and_history():
     weighter, model = weighter_and_model()
     weighter.backward(losses_of(model))
     again, twin = weighter_and_model(GradNorm(alpha=0.5))
@@ -1087,7 +1087,7 @@ def test_row_27_another_method_keeps_weights_averages_and_history():
     other.backward(losses_of(twin))
 
 
-def test_row_27_a_state_that_fits_in_part_is_left_whole():
+def test_checkpoint_state_that_fits_only_in_part_is_not_loaded():
     """A window of another length, an inner method of another kind: half of a state would be a wrong one."""
     for before, after in (
         (SoftAdapt(history=1), SoftAdapt(history=3)),
@@ -1103,7 +1103,7 @@ def test_row_27_a_state_that_fits_in_part_is_left_whole():
         assert all(torch.equal(value, fresh[name]) for name, value in again.state_dict()["state"].items())
 
 
-def test_row_27_weights_that_the_user_gives_are_not_taken_from_a_checkpoint():
+def test_checkpoint_does_not_replace_weights_that_the_user_gives():
     weighter, model = weighter_and_model(StaticWeighting({"depth": 1.0, "seg": 2.0}))
     weighter.backward(losses_of(model))
     for method in (
@@ -1117,7 +1117,7 @@ def test_row_27_weights_that_the_user_gives_are_not_taken_from_a_checkpoint():
         assert again.weights == {"depth": 5.0, "seg": 0.5}
 
 
-def test_row_27_weights_of_which_nothing_is_left_begin_anew():
+def test_checkpoint_whose_remaining_weights_are_all_zero_begins_anew():
     """MGDA's, where the one task of all weight is gone."""
     weighter, _ = weighter_and_model(MGDA())
     saved = weighter.state_dict()
@@ -1132,7 +1132,7 @@ def test_row_27_weights_of_which_nothing_is_left_begin_anew():
 
 
 @pytest.mark.parametrize("method", [RotoGrad(lr=0.01), RotoGradNorm(alpha=1.0), Smooth(RotoGrad(), 0.5)], ids=repr)
-def test_row_27_rotations_stay_with_their_heads(method):
+def test_checkpoint_rotations_stay_with_their_heads(method):
     """Heads were trained behind them: they outlive a change of hyperparameters, of the tasks, and of the method."""
     weighter, model = weighter_and_model(RotoGrad(lr=0.05))
     for step in range(3):
@@ -1150,7 +1150,7 @@ def test_row_27_rotations_stay_with_their_heads(method):
 
 
 @pytest.mark.parametrize("method", [GRADNORM, RotoGrad(rotate=False), RotoGrad(size=2)], ids=repr)
-def test_row_27_rotations_that_are_left_behind_are_named(method):
+def test_checkpoint_rotations_that_are_left_behind_are_warned_of(method):
     weighter, model = weighter_and_model(RotoGrad())
     weighter.backward(losses_of(model))
     again, twin = weighter_and_model(method)
@@ -1159,7 +1159,7 @@ def test_row_27_rotations_that_are_left_behind_are_named(method):
     again.backward(losses_of(twin))
 
 
-def test_row_24_saving_inside_a_window_warns():
+def test_checkpoint_inside_an_accumulation_window_warns():
     accelerator = fake_accelerator(sync=False)
     weighter, model = weighter_and_model(accelerator=accelerator)
     weighter.state_dict()
