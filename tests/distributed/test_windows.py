@@ -377,9 +377,29 @@ def collectives_of_every_step() -> Any:
 
 
 FAULTS = [
-    value for name, value in list(globals().items()) if name.startswith("row_") or name.endswith("one_process_only")
+    nonfinite_loss_on_one_process,
+    without_the_nonfinite_steps,
+    too_many_nonfinite_losses,
+    nonfinite_gradient_on_one_process,
+    missing_on_one_process,
+    missing_on_all_processes,
+    tasks_in_another_order,
+    a_task_more_on_one_process,
+    many_tasks_more_on_one_process,
+    many_tasks_more_at_lag_0,
+    a_shared_layer_on_one_process,
+    another_order_of_the_dictionary,
+    uneven_batches_with_counts,
+    an_exception_between_micro_batches,
+    weights_changed_on_one_process,
+    state_changed_on_one_process,
+    methods_differ,
+    one_process_is_a_step_ahead,
+    uneven_inputs,
+    counts_on_one_process_only,
+    negative_loss_on_one_process,
+    collectives_of_every_step,
 ]
-FAULTS += [negative_loss_on_one_process, collectives_of_every_step]
 
 
 def all_faults() -> dict[str, Any]:
