@@ -22,7 +22,7 @@ from accel_weighting.statistics import State, Statistics
 from tests.distributed import engines
 from tests.distributed.engines import (
     ROWS,
-    Row,
+    EngineConfig,
     controls,
     distance,
     policy,
@@ -33,7 +33,8 @@ from tests.distributed.engines import (
     without_weighter,
 )
 from tests.ranks import accelerator_for, forget_accelerators, run_ranks
-from tests.scenarios import Cell, Net, Run, assert_ranks_agree, batch, difference, net, task_losses
+from tests.scenarios import Cell, Run, assert_ranks_agree, difference, net
+from tests.small import Net, batch, task_losses
 
 GRADNORM = GradNorm(alpha=1.0, lr=0.01)
 
@@ -71,7 +72,7 @@ def test_what_is_not_in_the_matrix_fails_without_a_weighter_too(tmp_path) -> Non
         for asked in ({**choice, "micro": 1, "checkpoint": "", "precision": "float32"}, choice):
             wanted.append((why, row, asked))
             cells.append(without_weighter(row, asked))
-    one = [without_weighter(Row("", "plain"), reference(choice)) for _, _, choice in wanted]
+    one = [without_weighter(EngineConfig("", "plain"), reference(choice)) for _, _, choice in wanted]
     ones = run_ranks(run_cells, 1, tmp_path, one)[0]
     for runs in run_ranks(run_cells, 2, tmp_path, cells, timeout=240):
         right = [

@@ -20,10 +20,10 @@ import torch.distributed as dist  # noqa: TID251  timeouts of groups, and a user
 from torch import Tensor
 
 from accel_weighting import MGDA, CoVWeighting, GradNorm, Method, RotoGrad, Smooth, Weighter
-from tests.distributed.setups import F64, GRADNORM, NAMES, Setup, build, error_of, gradients_by_hand, rank, table
+from tests.distributed.setups import F64, GRADNORM, NAMES, Setup, build, error_of, rank, table
 from tests.distributed.test_all_methods import CASES
 from tests.ranks import accelerator_for, run_ranks
-from tests.scenarios import Net, batch, task_losses
+from tests.small import batch, gradients_by_hand, net, task_losses
 
 
 def results_of(scenarios: list[Callable[[], Any]]) -> dict[str, Any]:
@@ -269,7 +269,7 @@ def one_weighter_around_two_models() -> Any:
     accelerator = accelerator_for("ddp")
     x, y = batch(0, 1, F64)
     rows = slice(18 * rank(), 18 * rank() + 18)
-    inner = [two_models(seed) for seed in range(2)]
+    inner = [net(["t0"], seed=seed) for seed in range(2)]
     models = [accelerator.prepare(model) for model in inner]
     heads = {f"t{seed}": model.heads["t0"] for seed, model in enumerate(inner)}
     weighter = Weighter(GRADNORM, ["t0", "t1"], accelerator=accelerator, heads=heads)
@@ -277,11 +277,6 @@ def one_weighter_around_two_models() -> Any:
         losses = [task_losses(model(x[rows]), y[rows])["t0"] for model in models]
         weighter.backward(losses)
     return weighter.statistics, weighter.weights
-
-
-def two_models(seed: int) -> Net:
-    torch.manual_seed(seed)
-    return Net(["t0"]).double()
 
 
 # ---- the loss scale --------------------------------------------------------------------------------------------------
@@ -485,7 +480,7 @@ def test_fp16_loss_scale_that_changes_between_steps_leaves_the_statistics(two) -
 
 
 def test_two_weighters_on_two_processes_see_their_own_tasks_in_any_order(two) -> None:
-    G = [gradients_by_hand(0, slice(9 * b, 9 * b + 9)) for b in range(4)]
+    G = [gradients_by_hand(net(NAMES), 0, slice(9 * b, 9 * b + 9)) for b in range(4)]
     gram = sum(g @ g.T for g in G) / 16
     for found in each(two, two_weighters):
         for first, second in found.values():
@@ -498,7 +493,7 @@ def test_one_weighter_around_two_models_knows_norms_only(two) -> None:
     x, y = batch(0, 1, F64)
     norms = []
     for seed in range(2):
-        model = two_models(seed)
+        model = net(["t0"], seed=seed)
         model.shared.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
         taken: list[Tensor] = []
         model.heads["t0"].register_forward_pre_hook(lambda module, args, taken=taken: taken.append(args[0]))
@@ -516,7 +511,7 @@ def test_checkpoint_inside_an_accumulation_window_warns_and_resumes_with_a_windo
         assert told == ([] if number else [INSIDE])
         assert before == resumed and closed
         assert (short.step, short.micro_batches) == (1, 2) and (whole.step, whole.micro_batches) == (2, 4)
-        blocks = [gradients_by_hand(1, slice(18 * r + 9, 18 * r + 18)) for r in range(2)]
+        blocks = [gradients_by_hand(net(NAMES), 1, slice(18 * r + 9, 18 * r + 18)) for r in range(2)]
         torch.testing.assert_close(short.gram, sum(g @ g.T for g in blocks) / 4, rtol=1e-12, atol=0)
 
 

@@ -91,7 +91,7 @@ def resumed_elsewhere(folder: Path, halfway: dict[Any, dict[str, Tensor]]) -> di
 def restart(engine: str, method: str, parameters: dict[str, Tensor]) -> Setup:
     """A prepared model that begins with these parameters."""
     from tests.ranks import accelerator_for
-    from tests.scenarios import Net
+    from tests.small import Net
 
     accelerator = accelerator_for(engine, gradient_accumulation_steps=2)  # type: ignore[arg-type]
     inner = Net(NAMES).double()
@@ -105,7 +105,7 @@ def restart(engine: str, method: str, parameters: dict[str, Tensor]) -> Setup:
 def zero_without_weighter(checkpoint: Path) -> str:
     """The control: what DeepSpeed says to its own checkpoint here, with nothing of ours around."""
     from tests.ranks import accelerator_for
-    from tests.scenarios import Net
+    from tests.small import Net
 
     accelerator = accelerator_for("zero2")
     inner = Net(NAMES).double()

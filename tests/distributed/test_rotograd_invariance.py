@@ -17,19 +17,8 @@ from accel_weighting import RotoGrad, RotoGradNorm, Smooth, Weighter
 from accel_weighting.branch import Branch
 from accel_weighting.window import Sums, Window
 from tests.ranks import accelerator_for, run_ranks
-from tests.scenarios import (
-    WIDTH,
-    Cell,
-    Net,
-    Run,
-    assert_ranks_agree,
-    batch,
-    difference,
-    full_parameters,
-    names,
-    task_losses,
-    train,
-)
+from tests.scenarios import Cell, Run, assert_ranks_agree, difference, full_parameters, train
+from tests.small import WIDTH, Net, batch, names, task_losses
 
 FIELDS = ("losses", "norms", "gram", "weights", "moments", "rotations")
 ROTOGRAD = RotoGrad(init="haar", burn_in=2)

@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist  # noqa: TID251  how many processes there are
 
 from accel_weighting import MGDA, CoVWeighting, GradNorm, Weighter
-from tests.distributed.setups import F64, GRADNORM, NAMES, build, error_of, gradients_by_hand, rank, table
+from tests.distributed.setups import F64, GRADNORM, NAMES, build, error_of, rank, table
 from tests.ranks import run_ranks
-from tests.scenarios import CountCollectives, batch, task_losses
+from tests.scenarios import CountCollectives
+from tests.small import batch, gradients_by_hand, net, task_losses
 
 # ---- windows that a DataLoader ends --------------------------------------------------------------------------------
 
@@ -451,7 +452,7 @@ def test_nonfinite_gradient_on_one_process_skips_the_update_on_all(faults) -> No
 
 def test_a_task_missing_on_one_process_counts_as_zero_gradient_there(faults) -> None:
     world = len(faults)
-    G = [gradients_by_hand(0, slice(r * 36 // world, (r + 1) * 36 // world)) for r in range(world)]
+    G = [gradients_by_hand(net(NAMES), 0, slice(r * 36 // world, (r + 1) * 36 // world)) for r in range(world)]
     G[1][1] = 0
     for s in each(faults, missing_on_one_process):
         torch.testing.assert_close(s.gram, sum(g @ g.T for g in G) / world**2, rtol=1e-12, atol=0)
@@ -499,7 +500,7 @@ def test_the_order_of_the_dictionary_of_losses_may_differ_between_processes(faul
 
 
 def test_num_items_make_uneven_batches_exact(faults) -> None:
-    G = gradients_by_hand(0, slice(0, 36))
+    G = gradients_by_hand(net(NAMES), 0, slice(0, 36))
     for s in each(faults, uneven_batches_with_counts):
         torch.testing.assert_close(s.gram, G @ G.T, rtol=1e-12, atol=0)
 
@@ -512,7 +513,7 @@ def test_after_an_exception_caught_on_all_processes_the_next_window_is_right(fau
         size = 36 // (2 * world)
         for step, s in ((0, seen[0][1]), (2, seen[2][1])):
             assert s.micro_batches == 2 * world
-            G = [gradients_by_hand(step, slice(b * size, (b + 1) * size)) for b in range(2 * world)]
+            G = [gradients_by_hand(net(NAMES), step, slice(b * size, (b + 1) * size)) for b in range(2 * world)]
             torch.testing.assert_close(s.gram, sum(g @ g.T for g in G) / (2 * world) ** 2, rtol=1e-12, atol=0)
 
 

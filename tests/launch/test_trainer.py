@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from accel_weighting import MGDA, CoVWeighting, GradNorm, RotoGrad, Weighter
 from tests.ranks import accelerator_for, run_ranks
+from tests.small import Block
 
 TASKS = ("kind", "size")
 HEADS = {task: f"heads.{task}" for task in TASKS}
@@ -20,15 +21,6 @@ METHODS = {
     "mgda": MGDA(),
     "rotograd": RotoGrad(),
 }
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return x + torch.tanh(self.inner(x))
 
 
 class Model(nn.Module):

@@ -15,15 +15,7 @@ from torch import nn
 
 from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, Smooth, StaticWeighting, Weighter
 from tests.ranks import accelerator_for, forget_accelerators
-from tests.scenarios import Net, batch, task_losses
-from tests.unit.small import TASKS, fake_accelerator, losses_of, net
-
-GRADNORM = GradNorm(alpha=1.0)
-
-
-def weighter_and_model(method=GRADNORM, **options):
-    model = net()
-    return Weighter(method, TASKS, heads=dict(model.heads), **options), model
+from tests.small import GRADNORM, TASKS, Net, batch, fake_accelerator, losses_of, net, task_losses, weighter_and_model
 
 
 def assert_the_next_window_works(weighter, model, step=0):

@@ -31,8 +31,17 @@ from accel_weighting import (
 from accel_weighting.methods.mgda import MGDA
 from accel_weighting.processes import fingerprint
 from accel_weighting.record import CAPACITY, Record
-from tests.scenarios import Net, batch, task_losses
-from tests.unit.small import TASKS, fake_accelerator, gradients_by_hand, losses_of, net, representation
+from tests.small import (
+    TASKS,
+    Net,
+    batch,
+    fake_accelerator,
+    gradients_by_hand,
+    losses_of,
+    net,
+    representation,
+    task_losses,
+)
 
 GRADNORM = GradNorm(alpha=1.0)
 EXACT = {"rtol": 1e-13, "atol": 1e-16}
