@@ -133,11 +133,15 @@ def representation(model: Net, x: Tensor) -> Tensor:
     return model.shared(x)
 
 
+def apply_heads(heads: nn.ModuleDict, z: Tensor) -> dict[str, Tensor]:
+    return {task: head(z) for task, head in heads.items()}
+
+
 def gradients_by_hand(model: Net, step: int = 0, rows: slice = slice(None)) -> Tensor:
     """Every task's gradient at the shared representation of those rows of the global batch, `[K, rows * width]`."""
     x, y = batch(step, len(model.heads), torch.float64)
     z = representation(model, x[rows]).detach().requires_grad_()
-    losses = task_losses({task: head(z) for task, head in model.heads.items()}, y[rows])
+    losses = task_losses(apply_heads(model.heads, z), y[rows])
     return torch.stack([torch.autograd.grad(loss, z)[0].flatten() for loss in losses.values()])
 
 
