@@ -58,12 +58,11 @@ def make_model():
 
 def make_trainer(folder, method="gradnorm", fsdp=False, **options):
     warnings.simplefilter("error", ResourceWarning)
-    from accelerate import PartialState
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
     from transformers import TrainingArguments
 
     from accel_weighting.integrations.trainer import WeightedTrainer
+    from accel_weighting.selfcheck.cpu import allow_sharding_on_cpu
 
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -97,7 +96,7 @@ def make_trainer(folder, method="gradnorm", fsdp=False, **options):
     args = TrainingArguments(str(folder), **arguments)
     if fsdp:
         assert args.device.type == "cpu"
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        allow_sharding_on_cpu()
     return InOrder(
         model=make_model(),
         args=args,
