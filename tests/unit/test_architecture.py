@@ -142,7 +142,7 @@ def test_public_names() -> None:
 
 
 def test_every_failure_of_the_readme_is_shown_by_tests_that_exist() -> None:
-    """The table in tests/README.md: numbered without a gap, one of four outcomes in each row, and its tests are there."""
+    """The table in tests/README.md has 35 rows; each names one of four outcomes, and tests that are there."""
     rows = re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \| (.+?) \|$", (TESTS / "README.md").read_text(), re.M)
     assert [int(number) for number, *_ in rows] == list(range(1, 36))
     for number, _, outcome, shown_by in rows:
