@@ -46,7 +46,7 @@ from transformers import BertConfig, BertModel
 
 import accel_weighting
 from accel_weighting import IMTLG, CoVWeighting, GradNorm, RotoGrad, Weighter
-from accel_weighting.engines import accelerator_on_cpu, describe_engine
+from accel_weighting.selfcheck.cpu import accelerator_on_cpu, describe_engine
 
 Step = Callable[[], list[float]]
 

@@ -39,7 +39,7 @@ from transformers import ViTConfig, ViTModel
 
 import accel_weighting
 from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, RotoGrad, RotoGradNorm, Weighter, plot_history
-from accel_weighting.engines import accelerator_on_cpu
+from accel_weighting.selfcheck.cpu import accelerator_on_cpu
 
 # To try another method, add a row. Those that weigh losses keep the sum, so that learning rates stay comparable.
 METHODS = {

@@ -297,13 +297,12 @@ def forget_accelerators() -> None:
 
 def _gated(version: int | None, options: dict[str, Any], mesh: dict[str, int], **kwargs: Any) -> Accelerator:
     """FSDP (None: without) and meshes, which Accelerate offers to accelerators only."""
-    from accelerate import Accelerator, PartialState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
 
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # FSDP1 tells "cpu" from "cpu:0"
-    PartialState(cpu=True)
-    # This type is the one gate; the device stays the CPU.
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    from accel_weighting.selfcheck.cpu import allow_sharding_on_cpu
+
+    allow_sharding_on_cpu()
     options = {"auto_wrap_policy": "transformer_based_wrap", "state_dict_type": "SHARDED_STATE_DICT", **options}
     # Without the original parameters, FSDP1 leaves an optimizer that was made before `prepare` nothing to move.
     options = {"cpu_ram_efficient_loading": False, "use_orig_params": True, **options}
@@ -314,14 +313,12 @@ def _gated(version: int | None, options: dict[str, Any], mesh: dict[str, int], *
 
 
 def _deepspeed(stage: int, zero: dict[str, Any], loss_scale: float | None, **kwargs: Any) -> Accelerator:
-    os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}  # before its first import
-    import deepspeed
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
-    # Else it compiles a C++ operator first, under a lock that outlives a process that is killed meanwhile.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    from accel_weighting.selfcheck.cpu import allow_deepspeed_on_cpu
 
+    allow_deepspeed_on_cpu()
     # A clipping of 0 is taken for none given, and ends in clipping at 1.
     steps = kwargs.get("gradient_accumulation_steps", 1)
     plugin = DeepSpeedPlugin(zero_stage=stage, gradient_accumulation_steps=steps, gradient_clipping=1e9)

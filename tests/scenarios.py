@@ -8,88 +8,18 @@ equal blocks, must give the same statistics and weights wherever they run.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist  # noqa: TID251  counts the collectives
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from accel_weighting import Method, Weighter
+from tests import small
 from tests.ranks import accelerator_for
-
-ROWS = 36  # divides into 1, 2, 3, 4, 6, 9 equal blocks
-WIDTH = 5
-
-
-class Overflow(torch.autograd.Function):
-    """Nothing forward, an infinite gradient backward: an overflow of the half-precision gradient at this place."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return torch.full_like(g, torch.inf)
-
-
-class Block(nn.Module):
-    """A residual block; a unit of its own under FSDP."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.inner(x))
-
-
-class Head(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.outer = nn.Linear(WIDTH, 4), nn.Linear(4, 1)
-        self.overflows = False
-
-    def forward(self, z: Tensor) -> Tensor:
-        if self.overflows:
-            z = Overflow.apply(z)
-        return self.outer(torch.tanh(self.inner(z))).squeeze(-1)
-
-
-class Net(nn.Module):
-    """A shared trunk, whose last layer is `shared`, and one head per task; `checkpoint` as in `Cell`."""
-
-    def __init__(self, tasks: Sequence[str], checkpoint: str = "") -> None:
-        super().__init__()
-        self.embed = nn.Linear(6, 8)
-        self.blocks = nn.ModuleList([Block(), Block()])
-        self.shared = nn.Linear(8, WIDTH)
-        self.heads = nn.ModuleDict({task: Head() for task in tasks})
-        self.branch: Callable[[Tensor], dict[str, Tensor]] | None = None
-        self.checkpoint = checkpoint
-        self.overflows = False
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        x = self.embed(x)
-        if self.overflows:
-            x = Overflow.apply(x)
-        for block in self.blocks:
-            x = self.run(block, x) if self.checkpoint else block(x)
-        outputs = self.run(self.top, x) if self.checkpoint.startswith("join") else self.top(x)
-        return dict(zip(self.heads, outputs, strict=True))
-
-    def top(self, x: Tensor) -> tuple[Tensor, ...]:
-        """From the trunk's last layer to the heads' outputs: the join is in here."""
-        z = self.shared(x)
-        zs = dict.fromkeys(self.heads, z) if self.branch is None else self.branch(z)
-        return tuple(head(zs[task]) for task, head in self.heads.items())
-
-    def run(self, part: Callable[[Tensor], Any], x: Tensor) -> Any:
-        """Recomputed in the backward."""
-        return checkpoint(part, x, use_reentrant=self.checkpoint.endswith("reentrant"))
+from tests.small import ROWS, Net, batch, names, task_losses
 
 
 @dataclass(frozen=True)
@@ -159,29 +89,8 @@ class Run:
     skipped: list[bool] = field(default_factory=list)
 
 
-def names(tasks: int) -> list[str]:
-    return [f"t{k}" for k in range(tasks)]
-
-
-def batch(step: int, tasks: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The global batch of a step: inputs and every task's targets."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    x = torch.randn(ROWS, 6, generator=generator, dtype=torch.float64)
-    y = torch.randn(ROWS, tasks, generator=generator, dtype=torch.float64)
-    return x.to(dtype), y.to(dtype)
-
-
-def task_losses(outputs: dict[str, Tensor], y: Tensor) -> dict[str, Tensor]:
-    """Positive losses of very different sizes."""
-    return {
-        task: (10.0 ** (k % 3)) * (output - y[:, k]).square().mean() for k, (task, output) in enumerate(outputs.items())
-    }
-
-
 def net(cell: Cell) -> Net:
-    torch.manual_seed(0)
-    model = Net(names(cell.tasks), cell.checkpoint)
-    return model.double().to(cell.dtype)  # drawn in one precision, so that all runs start alike
+    return small.net(names(cell.tasks), cell.checkpoint).to(cell.dtype)  # drawn in one precision: all runs start alike
 
 
 def weighter_for(cell: Cell, model: nn.Module, inner: Net, accelerator: Any) -> Weighter:

@@ -1,7 +1,7 @@
 """The matrix: every engine, precision, accumulation, kind of checkpointing and compilation, in one table.
 
-A `Row` is one configuration of an engine. Its cells train the same global batches as one process on the whole batch
-does, and must see the same statistics, take the same weights and rotations and end with the same parameters, to a
+An `EngineConfig` is one configuration of an engine. Its cells train the same global batches as one process on the whole
+batch does, and must see the same statistics, take the same weights and rotations and end with the same parameters, to a
 tolerance that has its reason beside it. What torch or DeepSpeed cannot do without any weighter is listed in
 `IMPOSSIBLE` and shown by a control.
 
@@ -40,7 +40,7 @@ from tests.scenarios import Cell, Run, assert_ranks_agree, difference, train
 
 
 @dataclass(frozen=True)
-class Row:
+class EngineConfig:
     """One configuration of an engine.
 
     Attributes:
@@ -64,23 +64,23 @@ def policy(precision: str) -> Any:
 
 
 ROWS = [
-    Row("DDP", "ddp"),
-    Row("DDP, find_unused_parameters", "ddp", setup={"ddp": {"find_unused_parameters": True}}),
-    Row("DDP, static_graph", "ddp", setup={"ddp": {"static_graph": True}}),
-    Row("FSDP1", "fsdp1"),
-    Row("FSDP1, heads are units", "fsdp1", fsdp_heads=True),
-    Row("FSDP2", "fsdp2"),
-    Row("FSDP2, heads are units", "fsdp2", fsdp_heads=True),
-    Row("FSDP2, not resharded", "fsdp2", setup={"fsdp": {"reshard_after_forward": False}}),
-    Row("FSDP2, output_dtype left alone", "fsdp2", own_policy=True, fsdp_heads=True),
-    Row("HSDP 2×2", "hsdp", world=4),
-    Row("FSDP2, context parallel 2×2", "hsdp", world=4, setup={"mesh": {"cp_size": 2, "dp_shard_size": 2}}),
-    Row("ZeRO-0", "zero0"),
-    Row("ZeRO-1", "zero1"),
-    Row("ZeRO-2", "zero2"),
-    Row("ZeRO-3", "zero3"),
+    EngineConfig("DDP", "ddp"),
+    EngineConfig("DDP, find_unused_parameters", "ddp", setup={"ddp": {"find_unused_parameters": True}}),
+    EngineConfig("DDP, static_graph", "ddp", setup={"ddp": {"static_graph": True}}),
+    EngineConfig("FSDP1", "fsdp1"),
+    EngineConfig("FSDP1, heads are units", "fsdp1", fsdp_heads=True),
+    EngineConfig("FSDP2", "fsdp2"),
+    EngineConfig("FSDP2, heads are units", "fsdp2", fsdp_heads=True),
+    EngineConfig("FSDP2, not resharded", "fsdp2", setup={"fsdp": {"reshard_after_forward": False}}),
+    EngineConfig("FSDP2, output_dtype left alone", "fsdp2", own_policy=True, fsdp_heads=True),
+    EngineConfig("HSDP 2×2", "hsdp", world=4),
+    EngineConfig("FSDP2, context parallel 2×2", "hsdp", world=4, setup={"mesh": {"cp_size": 2, "dp_shard_size": 2}}),
+    EngineConfig("ZeRO-0", "zero0"),
+    EngineConfig("ZeRO-1", "zero1"),
+    EngineConfig("ZeRO-2", "zero2"),
+    EngineConfig("ZeRO-3", "zero3"),
     # Small parameters are partitioned too, so that every head is a unit that gathers its own.
-    Row("ZeRO-3, heads are units", "zero3", setup={"zero": {"stage3_param_persistence_threshold": 0}}),
+    EngineConfig("ZeRO-3, heads are units", "zero3", setup={"zero": {"stage3_param_persistence_threshold": 0}}),
 ]
 
 # ---- cells: the choices of one run -------------------------------------------------------------------------------
@@ -115,13 +115,13 @@ TOLERANCES = {
 }
 
 
-def tolerance(row: Row, choice: Choice) -> float:
+def tolerance(row: EngineConfig, choice: Choice) -> float:
     """How far a cell may be from one process."""
     zero = row.engine in ("zero1", "zero2", "zero3")
     return TOLERANCES["ZeRO float64" if zero and choice["precision"] == "float64" else choice["precision"]][0]
 
 
-def impossible(row: Row, choice: Choice) -> str | None:
+def impossible(row: EngineConfig, choice: Choice) -> str | None:
     """Why torch or DeepSpeed cannot run this with or without a weighter; None where they can."""
     return next((why for why, applies in IMPOSSIBLE.items() if applies(row, choice)), None)
 
@@ -153,7 +153,7 @@ IMPOSSIBLE = {
 }
 
 
-def cell(row: Row, choice: Choice) -> Cell:
+def cell(row: EngineConfig, choice: Choice) -> Cell:
     """What a row trains for a choice."""
     method, options = METHODS[choice["method"]]
     precision = PRECISIONS[choice["precision"]]
@@ -186,17 +186,17 @@ def reference(choice: Choice) -> Choice:
     return {**choice, "precision": full, "micro": micro, "checkpoint": "", "compile": False}
 
 
-def choices(row: Row) -> list[Choice]:
+def choices(row: EngineConfig) -> list[Choice]:
     """Everything that a row can do."""
     found = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
     return [choice for choice in found if impossible(row, choice) is None]
 
 
-def cover(cells: Sequence[tuple[Row, Choice]]) -> list[tuple[Row, Choice]]:
+def cover(cells: Sequence[tuple[EngineConfig, Choice]]) -> list[tuple[EngineConfig, Choice]]:
     """A small part of the cells in which every two choices (a row is one, too) that meet in any of them meet."""
     bits: dict[tuple[Any, ...], int] = {}  # of every pair
 
-    def pairs(row: Row, choice: Choice) -> int:
+    def pairs(row: EngineConfig, choice: Choice) -> int:
         found = itertools.combinations([("row", row.name), *choice.items()], 2)
         return sum(bits.setdefault(pair, 1 << len(bits)) for pair in found)
 
@@ -210,13 +210,13 @@ def cover(cells: Sequence[tuple[Row, Choice]]) -> list[tuple[Row, Choice]]:
     return taken
 
 
-def pairwise(rows: Sequence[Row]) -> dict[str, list[Choice]]:
+def pairwise(rows: Sequence[EngineConfig]) -> dict[str, list[Choice]]:
     """What the tests run."""
     taken = cover([(row, choice) for row in rows for choice in choices(row)])
     return {row.name: [choice for where, choice in taken if where is row] for row in rows}
 
 
-def full(rows: Sequence[Row]) -> dict[str, list[Choice]]:
+def full(rows: Sequence[EngineConfig]) -> dict[str, list[Choice]]:
     """Everything that is not compiled, and of what is, which takes ten times as long, all pairs of every row."""
     found = {row.name: [choice for choice in choices(row) if not choice["compile"]] for row in rows}
     for row in rows:
@@ -295,14 +295,14 @@ def launches(cells: Sequence[tuple[str, Cell]], world: int, folder: str, sabotag
 def references(wanted: Iterable[Choice], folder: str) -> dict[str, Run]:
     """One process on the whole batch, for each of the choices; by the text of the choice."""
     unique = {str(choice): choice for choice in wanted}
-    cells = [("plain", cell(Row("", "plain"), choice)) for choice in unique.values()]
+    cells = [("plain", cell(EngineConfig("", "plain"), choice)) for choice in unique.values()]
     runs = run_ranks(run_cells, 1, folder, cells, timeout=600)[0]
     for name, run in zip(unique, runs, strict=True):
         assert isinstance(run, Run), f"one process: {name}: {run}"
     return dict(zip(unique, runs, strict=True))  # type: ignore[arg-type]
 
 
-def verdict(row: Row, choice: Choice, runs: Sequence[Run] | str, one: Run) -> tuple[float, str | None]:
+def verdict(row: EngineConfig, choice: Choice, runs: Sequence[Run] | str, one: Run) -> tuple[float, str | None]:
     """How far a cell is from one process, and what is wrong with it."""
     if isinstance(runs, str):
         return float("inf"), runs
@@ -337,7 +337,7 @@ class Result:
 
 
 def run(
-    part: Sequence[tuple[Row, Choice]], ones: dict[str, Run], folder: str, sabotage: str = "none"
+    part: Sequence[tuple[EngineConfig, Choice]], ones: dict[str, Run], folder: str, sabotage: str = "none"
 ) -> Iterator[Result]:
     """As few launches as there can be for cells whose rows have the same number of processes."""
     cells = [(row.engine, cell(row, choice)) for row, choice in part]
@@ -346,7 +346,7 @@ def run(
         yield Result(row.name, choice, *verdict(row, choice, runs, ones[str(reference(choice))]))
 
 
-def controls() -> list[tuple[str, Row, Choice]]:
+def controls() -> list[tuple[str, EngineConfig, Choice]]:
     """For everything impossible on this machine, the plainest cell of every row that shows it."""
     every = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
     return [
@@ -357,7 +357,7 @@ def controls() -> list[tuple[str, Row, Choice]]:
     ]
 
 
-def without_weighter(row: Row, choice: Choice) -> tuple[str, Cell]:
+def without_weighter(row: EngineConfig, choice: Choice) -> tuple[str, Cell]:
     """The same training with the plain sum of the losses and nothing of ours."""
     return row.engine, replace(cell(row, choice), method=None, options={})
 

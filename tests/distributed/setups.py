@@ -13,7 +13,7 @@ from torch import Tensor
 
 from accel_weighting import GradNorm, Method, Weighter
 from tests.ranks import accelerator_for
-from tests.scenarios import Net, batch, task_losses
+from tests.small import Net, batch, net, task_losses
 
 GRADNORM = GradNorm(alpha=1.0, lr=0.05)
 NAMES = ["t0", "t1", "t2"]
@@ -75,8 +75,7 @@ def build(
     """`wrap=False`: the engine does not touch the model, so that processes may do different things with it."""
     fsdp = {"transformer_cls_names_to_wrap": ["Block"]} if engine.startswith("fsdp") else None
     accelerator = accelerator_for(engine, fsdp=fsdp, **kwargs)
-    torch.manual_seed(seed)
-    inner = Net(names).double().to(dtype)
+    inner = net(names, seed=seed).to(dtype)
     model: Any = inner
     optimizer: Any = torch.optim.SGD(inner.parameters(), lr=lr)
     if wrap:
@@ -107,16 +106,3 @@ def table(message: str, of: str) -> dict[int, str]:
 
 def rank() -> int:
     return dist.get_rank()
-
-
-def gradients_by_hand(step: int, rows: slice) -> Tensor:
-    """Every task's gradient at the shared representation for some rows of the global batch, `[K, rows * width]`."""
-    torch.manual_seed(0)
-    model = Net(NAMES).double()
-    x, y = batch(step, 3, F64)
-    z = model.embed(x[rows])
-    for block in model.blocks:
-        z = block(z)
-    z = model.shared(z).detach().requires_grad_()
-    losses = task_losses({task: head(z) for task, head in model.heads.items()}, y[rows])
-    return torch.stack([torch.autograd.grad(loss, z)[0].flatten() for loss in losses.values()])

@@ -30,7 +30,8 @@ from torch import Tensor
 from accel_weighting import CoVWeighting, GradNorm, Method, RotoGrad, State, Statistics, Weighter
 from accel_weighting.record import CAPACITY
 from tests.ranks import accelerator_for, run_ranks
-from tests.scenarios import ROWS, WIDTH, CountCollectives, Net, batch, names, task_losses
+from tests.scenarios import CountCollectives
+from tests.small import ROWS, WIDTH, Net, batch, names, task_losses
 
 METHODS: dict[str, Method] = {"gradnorm": GradNorm(), "cov": CoVWeighting(), "rotograd": RotoGrad()}
 TASKS = names(3)

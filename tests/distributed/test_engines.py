@@ -22,7 +22,7 @@ from accel_weighting.statistics import State, Statistics
 from tests.distributed import engines
 from tests.distributed.engines import (
     ROWS,
-    Row,
+    EngineConfig,
     controls,
     distance,
     policy,
@@ -33,7 +33,8 @@ from tests.distributed.engines import (
     without_weighter,
 )
 from tests.ranks import accelerator_for, forget_accelerators, run_ranks
-from tests.scenarios import Cell, Net, Run, assert_ranks_agree, batch, difference, net, task_losses
+from tests.scenarios import Cell, Run, assert_ranks_agree, difference, net
+from tests.small import Net, batch, task_losses
 
 GRADNORM = GradNorm(alpha=1.0, lr=0.01)
 
@@ -71,7 +72,7 @@ def test_what_is_not_in_the_matrix_fails_without_a_weighter_too(tmp_path) -> Non
         for asked in ({**choice, "micro": 1, "checkpoint": "", "precision": "float32"}, choice):
             wanted.append((why, row, asked))
             cells.append(without_weighter(row, asked))
-    one = [without_weighter(Row("", "plain"), reference(choice)) for _, _, choice in wanted]
+    one = [without_weighter(EngineConfig("", "plain"), reference(choice)) for _, _, choice in wanted]
     ones = run_ranks(run_cells, 1, tmp_path, one)[0]
     for runs in run_ranks(run_cells, 2, tmp_path, cells, timeout=240):
         right = [
@@ -130,13 +131,13 @@ def test_results_that_were_kept_are_not_run_again(tmp_path, capsys) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind.value for kind in DistributedType if kind.value not in SUPPORTED])
-def test_row_32_engines_without_one_plain_backward_are_refused_by_name(kind: str) -> None:
+def test_engines_without_one_plain_backward_are_refused_by_name(kind: str) -> None:
     accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value=kind), num_processes=1)
     with pytest.raises(NotImplementedError, match=f"Found {kind}, whose backward does not pass through"):
         Weighter(EqualWeighting(), ["a"], accelerator=accelerator)
 
 
-def test_row_32_megatron_and_xla_are_among_the_refused() -> None:
+def test_megatron_and_xla_are_among_the_refused() -> None:
     assert not SUPPORTED & {"MEGATRON_LM", "XLA"}
 
 
@@ -225,7 +226,7 @@ def scaled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], li
 
 
 @pytest.mark.parametrize("engine", FP16_ENGINES)
-def test_row_22_the_loss_scale_changes_nothing_but_rounding(engine: str, scaled: Any) -> None:
+def test_fp16_loss_scale_changes_nothing_but_rounding(engine: str, scaled: Any) -> None:
     high, low = scaled[engine, "2^16"], scaled[engine, "2^10"]
     assert not any(high[0].skipped + low[0].skipped)
     # fp16 keeps its digits under powers of 2; only the smallest numbers, below 2^-24 once scaled, lose some.
@@ -240,7 +241,7 @@ def moves(run: Run) -> list[bool]:
 
 @pytest.mark.parametrize("engine", FP16_ENGINES)
 @pytest.mark.parametrize("where", ["loss", "tap"])
-def test_row_21_an_overflow_on_one_process_holds_all_for_that_step(engine: str, where: str, scaled: Any) -> None:
+def test_fp16_overflow_on_one_process_skips_the_update_on_all(engine: str, where: str, scaled: Any) -> None:
     runs = scaled[engine, where]
     assert_ranks_agree(runs)
     for run in runs:
@@ -250,7 +251,7 @@ def test_row_21_an_overflow_on_one_process_holds_all_for_that_step(engine: str, 
 
 
 @pytest.mark.parametrize("engine", FP16_ENGINES)
-def test_row_21_an_overflow_that_parameters_alone_see_is_no_reason_to_hold(engine: str, scaled: Any) -> None:
+def test_fp16_overflow_in_parameters_alone_does_not_skip_the_update(engine: str, scaled: Any) -> None:
     runs = scaled[engine, "parameters"]
     assert_ranks_agree(runs)
     for run in runs:
@@ -260,7 +261,7 @@ def test_row_21_an_overflow_that_parameters_alone_see_is_no_reason_to_hold(engin
 
 
 @pytest.mark.parametrize("engine", FP16_ENGINES)
-def test_row_21_other_methods_hold_alike(engine: str, scaled: Any) -> None:
+def test_fp16_overflow_skips_the_update_of_other_methods_too(engine: str, scaled: Any) -> None:
     assert_ranks_agree(scaled[engine, "CoV loss"])
     assert scaled[engine, "CoV loss"][0].statistics_steps == {0, 1, 3, 4}
     runs = scaled[engine, "RotoGrad tap"]

@@ -1,6 +1,7 @@
 """What can go wrong on one process of several, and that all of them hold, go on, or end with the same error.
 
-Functions without `test` in their names run inside the processes, many in one launch; rows are those of failures.md.
+Functions without `test` in their names run inside the processes, many in one launch;
+the table in tests/README.md says which failure each test shows.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import torch.distributed as dist  # noqa: TID251  timeouts of groups, and a user
 from torch import Tensor
 
 from accel_weighting import MGDA, CoVWeighting, GradNorm, Method, RotoGrad, Smooth, Weighter
-from tests.distributed.setups import F64, GRADNORM, NAMES, Setup, build, error_of, gradients_by_hand, rank, table
+from tests.distributed.setups import F64, GRADNORM, NAMES, Setup, build, error_of, rank, table
 from tests.distributed.test_all_methods import CASES
 from tests.ranks import accelerator_for, run_ranks
-from tests.scenarios import Net, batch, task_losses
+from tests.small import batch, gradients_by_hand, net, task_losses
 
 
 def results_of(scenarios: list[Callable[[], Any]]) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def whole_state(weighter: Weighter) -> dict[str, Tensor]:
     return {"weights": saved["weights"], "sum": saved["weight_sum"], **saved["state"]}
 
 
-# ---- rows 1 and 2: values that are not finite -----------------------------------------------------------------------
+# ---- values that are not finite --------------------------------------------------------------------------------------
 
 BAD_WINDOWS = {1, 3, 4}
 METHODS: dict[str, tuple[Method, dict[str, Any]]] = {
@@ -104,7 +105,7 @@ def not_finite(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, dict[
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bad", BAD)
-def test_rows_1_and_2_held_windows_are_as_if_they_had_not_been(method: str, bad: str, not_finite) -> None:
+def test_nonfinite_windows_are_skipped_as_if_they_had_not_been(method: str, bad: str, not_finite) -> None:
     first = not_finite[0][method, bad]
     what = "Loss `t1`" if BAD[bad][0] == "loss" else "Gradient of loss `t1` at the shared representation"
     for number, runs in enumerate(not_finite):
@@ -122,7 +123,7 @@ def test_rows_1_and_2_held_windows_are_as_if_they_had_not_been(method: str, bad:
         assert first["weights"][0] != first["weights"][2] != first["weights"][5]
 
 
-def row_1_as_many_as_allowed_in_a_row() -> Any:
+def as_many_skipped_steps_as_allowed() -> Any:
     """Twice, with one good window in between: the counter begins again."""
     setup = build(options={"max_skipped_steps": 2})
 
@@ -142,12 +143,12 @@ def row_1_as_many_as_allowed_in_a_row() -> Any:
     return seen, [other.step(step) for step in range(3)], message
 
 
-# ---- row 12: gradients of zero, alike, opposite ----------------------------------------------------------------------
+# ---- gradients of zero, alike, opposite ------------------------------------------------------------------------------
 
 FACTORS = [(1.0, 0.5, 2.0), (1.0, 0.0, 2.0), (1.0, -1.0, 2.0), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (1.0, 0.5, 2.0)]
 
 
-def row_12_degenerate_gradients() -> dict[str, Any]:
+def degenerate_gradients() -> dict[str, Any]:
     """Every method on gradients that are multiples of one another, over all processes."""
     accelerator = accelerator_for("ddp")
     found = {}
@@ -164,7 +165,7 @@ def row_12_degenerate_gradients() -> dict[str, Any]:
     return found
 
 
-# ---- row 17: one bit -------------------------------------------------------------------------------------------------
+# ---- one bit ---------------------------------------------------------------------------------------------------------
 
 
 def flip(x: Tensor, bit: int) -> Tensor:
@@ -175,7 +176,7 @@ def flip(x: Tensor, bit: int) -> Tensor:
     return x
 
 
-def row_17_one_bit() -> dict[str, tuple[str, str]]:
+def one_bit_on_one_process() -> dict[str, tuple[str, str]]:
     """Every entry of the state of several methods, its lowest and its highest bit, on process 1 alone."""
     found = {}
     for method in (GRADNORM, CoVWeighting(decay=0.9), RotoGrad(lr=0.5), Smooth(RotoGrad(), 0.5)):
@@ -198,7 +199,7 @@ def row_17_one_bit() -> dict[str, tuple[str, str]]:
     return found
 
 
-def row_17_settings() -> dict[str, str]:
+def settings_of_one_process() -> dict[str, str]:
     """Settings that differ on the last process alone."""
     odd = rank() == dist.get_world_size() - 1
     differing: dict[str, dict[str, Any]] = {
@@ -216,7 +217,7 @@ def row_17_settings() -> dict[str, str]:
     return found | {"max_skipped_steps, later": error_of(lambda: late.step(1))}
 
 
-def row_6_dictionaries_in_any_order() -> tuple[dict[str, float], dict[str, float]]:
+def dictionaries_in_any_order() -> tuple[dict[str, float], dict[str, float]]:
     """Of heads, caps, initial weights and a method's own; that of losses has its test among the windows."""
     one: dict[str, Any] = {"max_losses": {"t0": 2.0, "t1": 3.0}, "initial_weights": {"t0": 1.5, "t1": 0.5}}
     first = {"t0": 1.0, "t1": 20.0}
@@ -238,10 +239,10 @@ def row_6_dictionaries_in_any_order() -> tuple[dict[str, float], dict[str, float
     return alike, weighter(turned(heads), {name: turned(x) for name, x in one.items()}, turned(first))
 
 
-# ---- row 29: two weighters, two models -------------------------------------------------------------------------------
+# ---- two weighters, two models ---------------------------------------------------------------------------------------
 
 
-def row_29_two_weighters() -> dict[str, Any]:
+def two_weighters() -> dict[str, Any]:
     """On one trunk, each with heads of its own, in both orders; windows open and close independently."""
     found = {}
     for order in ((0, 1), (1, 0)):
@@ -263,12 +264,12 @@ def row_29_two_weighters() -> dict[str, Any]:
     return found
 
 
-def row_29_two_models() -> Any:
+def one_weighter_around_two_models() -> Any:
     """One weighter over the heads of two models: no representation is shared, so that norms alone are known."""
     accelerator = accelerator_for("ddp")
     x, y = batch(0, 1, F64)
     rows = slice(18 * rank(), 18 * rank() + 18)
-    inner = [two_models(seed) for seed in range(2)]
+    inner = [net(["t0"], seed=seed) for seed in range(2)]
     models = [accelerator.prepare(model) for model in inner]
     heads = {f"t{seed}": model.heads["t0"] for seed, model in enumerate(inner)}
     weighter = Weighter(GRADNORM, ["t0", "t1"], accelerator=accelerator, heads=heads)
@@ -278,12 +279,7 @@ def row_29_two_models() -> Any:
     return weighter.statistics, weighter.weights
 
 
-def two_models(seed: int) -> Net:
-    torch.manual_seed(seed)
-    return Net(["t0"]).double()
-
-
-# ---- rows 21 and 22: the loss scale ----------------------------------------------------------------------------------
+# ---- the loss scale --------------------------------------------------------------------------------------------------
 
 SMALL = 1e-4  # losses so small that nothing overflows at a scale of 2^16
 
@@ -325,7 +321,7 @@ def fp16_run(
 SCRIPT = {1: "loss", 3: "tap", 4: "tap", 6: "parameters"}
 
 
-def row_21_scripted_overflows() -> dict[str, Any]:
+def scripted_overflows() -> dict[str, Any]:
     runs = {}
     for name, method in (("GradNorm", GRADNORM), ("CoV", CoVWeighting()), ("RotoGrad", RotoGrad(lr=0.5))):
         runs[name] = (
@@ -335,13 +331,13 @@ def row_21_scripted_overflows() -> dict[str, Any]:
     return runs
 
 
-def row_21_what_counts() -> tuple[list[int], str]:
+def overflows_that_count() -> tuple[list[int], str]:
     """Gradients that overflow under a scaler are its business; losses are not."""
     run = fp16_run(overflows=dict.fromkeys(range(1, 7), "tap"), max_skipped_steps=0)
     return run["steps"], error_of(lambda: fp16_run(overflows={2: "loss"}, max_skipped_steps=0))
 
 
-def row_22_changing_scale() -> dict[str, Any]:
+def changing_loss_scale() -> dict[str, Any]:
     return {
         "changing": fp16_run(scale=2.0**16, scales={2: 2.0**15, 4: 2.0**10, 5: 2.0**14}),
         "constant": fp16_run(scale=2.0**16),
@@ -349,13 +345,13 @@ def row_22_changing_scale() -> dict[str, Any]:
     }
 
 
-# ---- row 24: saved inside a window -----------------------------------------------------------------------------------
+# ---- saved inside a window -------------------------------------------------------------------------------------------
 
 
 INSIDE = "Saved inside an accumulation window: 1 of its micro-steps is lost; save on `accelerator.sync_gradients`."
 
 
-def row_24_saved_inside_a_window(folder: Path) -> Any:
+def saved_inside_a_window(folder: Path) -> Any:
     import warnings
 
     def micro(setup: Setup, step: int, part: int) -> None:
@@ -384,15 +380,15 @@ def row_24_saved_inside_a_window(folder: Path) -> Any:
 
 # ---- the launch ------------------------------------------------------------------------------------------------------
 
-AGREEMENT = [row_6_dictionaries_in_any_order, row_17_one_bit, row_17_settings]
+AGREEMENT = [dictionaries_in_any_order, one_bit_on_one_process, settings_of_one_process]
 ON_TWO = [
-    row_1_as_many_as_allowed_in_a_row,
-    row_12_degenerate_gradients,
-    row_21_scripted_overflows,
-    row_21_what_counts,
-    row_22_changing_scale,
-    row_29_two_weighters,
-    row_29_two_models,
+    as_many_skipped_steps_as_allowed,
+    degenerate_gradients,
+    scripted_overflows,
+    overflows_that_count,
+    changing_loss_scale,
+    two_weighters,
+    one_weighter_around_two_models,
 ]
 
 
@@ -410,14 +406,14 @@ def each(ranks: list[dict[str, Any]], scenario: Callable[..., Any]) -> list[Any]
     return [rank[scenario.__name__] for rank in ranks]
 
 
-def test_row_1_as_many_held_steps_as_allowed_and_again_after_a_good_one(two) -> None:
-    for seen, without, message in each(two, row_1_as_many_as_allowed_in_a_row):
+def test_nonfinite_steps_in_a_row_are_counted_anew_after_a_finite_one(two) -> None:
+    for seen, without, message in each(two, as_many_skipped_steps_as_allowed):
         assert seen == without
         assert "3 steps in a row exceed `max_skipped_steps = 2`" in message and "on 1 of 2 processes" in message
 
 
-def test_row_12_gradients_that_are_zero_alike_or_opposite_give_finite_weights_of_the_same_sum(two) -> None:
-    first, second = each(two, row_12_degenerate_gradients)
+def test_zero_equal_or_opposite_gradients_give_finite_weights_of_the_same_sum(two) -> None:
+    first, second = each(two, degenerate_gradients)
     assert first == second and first.keys() == CASES.keys()
     for name, (weights, finite) in first.items():
         method = CASES[name].method
@@ -428,33 +424,33 @@ def test_row_12_gradients_that_are_zero_alike_or_opposite_give_finite_weights_of
             assert method.acts_on != "losses" or min(step) > 0, name
 
 
-def test_row_17_any_bit_of_weights_state_and_rotations_is_found_in_that_very_step(three) -> None:
-    for found in each(three, row_17_one_bit):
+def test_any_bit_of_weights_state_or_rotations_on_one_process_raises_in_that_very_step(three) -> None:
+    for found in each(three, one_bit_on_one_process):
         assert len(found) > 40 and any("rotations bit 47" in name for name in found)
         for name, (message, of) in found.items():
             assert message.startswith("RuntimeError: The processes no longer agree at step 1"), name
             rows = table(message, of)
             assert rows[0] == rows[2] != rows[1] and f"{of}:\n  processes 0, 2: " in message, name
-    assert each(three, row_17_one_bit)[0] == each(three, row_17_one_bit)[1]
+    assert each(three, one_bit_on_one_process)[0] == each(three, one_bit_on_one_process)[1]
 
 
-def test_row_17_a_setting_that_differs_in_its_last_digit_is_named_with_its_process(three) -> None:
-    for found in each(three, row_17_settings):
+def test_a_setting_that_differs_in_its_last_digit_raises_with_its_process(three) -> None:
+    for found in each(three, settings_of_one_process):
         for name, message in found.items():
             key, _, later = name.partition(", ")
             assert message.startswith("RuntimeError: The processes no longer agree at step " + "01"[bool(later)]), name
             rows = table(message, key)
             assert rows[0] == rows[1] != rows[2], name
-    assert each(three, row_17_settings)[0] == each(three, row_17_settings)[2]
+    assert each(three, settings_of_one_process)[0] == each(three, settings_of_one_process)[2]
 
 
-def test_row_6_dictionaries_may_be_in_any_order_everywhere(three) -> None:
-    for alike, mixed in each(three, row_6_dictionaries_in_any_order):
-        assert alike == mixed == each(three, row_6_dictionaries_in_any_order)[0][0]
+def test_every_dictionary_may_be_in_any_order_on_any_process(three) -> None:
+    for alike, mixed in each(three, dictionaries_in_any_order):
+        assert alike == mixed == each(three, dictionaries_in_any_order)[0][0]
 
 
-def test_row_21_held_windows_under_a_scaler_are_as_if_they_had_not_been(two) -> None:
-    for runs, others in zip(*[each(two, row_21_scripted_overflows)[i].items() for i in (0, 1)], strict=True):
+def test_fp16_overflows_skip_windows_as_if_they_had_not_been(two) -> None:
+    for runs, others in zip(*[each(two, scripted_overflows)[i].items() for i in (0, 1)], strict=True):
         (name, (run, without)), (_, (other, _)) = runs, others
         assert run["skipped"] == [step in SCRIPT for step in range(8)], name
         assert run["steps"] == [0, 0, 2, 2, 2, 5, 6, 7], name  # at 6 the parameters alone saw the overflow
@@ -465,15 +461,15 @@ def test_row_21_held_windows_under_a_scaler_are_as_if_they_had_not_been(two) -> 
             torch.testing.assert_close(mine, theirs, rtol=4e-3, atol=0)  # fp16 has 11 bits
 
 
-def test_row_21_gradients_that_overflow_under_a_scaler_do_not_count_and_losses_do(two) -> None:
-    for steps, message in each(two, row_21_what_counts):
+def test_fp16_gradient_overflows_do_not_count_as_skipped_and_nonfinite_losses_do(two) -> None:
+    for steps, message in each(two, overflows_that_count):
         assert steps == [0] * 7 + [7]
         assert "Loss `t2` was not finite on 1 of 2 processes at optimizer step 2" in message
         assert "1 steps in a row exceed `max_skipped_steps = 0`" in message
 
 
-def test_row_22_a_loss_scale_that_changes_between_steps_does_not_change_the_statistics(two) -> None:
-    for runs in each(two, row_22_changing_scale):
+def test_fp16_loss_scale_that_changes_between_steps_leaves_the_statistics(two) -> None:
+    for runs in each(two, changing_loss_scale):
         assert not any(runs["changing"]["skipped"])
         for other, tolerance in (("constant", 1e-3), ("float32", 4e-3)):  # fp16 has 11 bits
             for mine, theirs in zip(runs["changing"]["statistics"], runs[other]["statistics"], strict=True):
@@ -483,43 +479,43 @@ def test_row_22_a_loss_scale_that_changes_between_steps_does_not_change_the_stat
                 torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=0)
 
 
-def test_row_29_two_weighters_on_two_processes_see_their_own_tasks_in_any_order(two) -> None:
-    G = [gradients_by_hand(0, slice(9 * b, 9 * b + 9)) for b in range(4)]
+def test_two_weighters_on_two_processes_see_their_own_tasks_in_any_order(two) -> None:
+    G = [gradients_by_hand(net(NAMES), 0, slice(9 * b, 9 * b + 9)) for b in range(4)]
     gram = sum(g @ g.T for g in G) / 16
-    for found in each(two, row_29_two_weighters):
+    for found in each(two, two_weighters):
         for first, second in found.values():
             torch.testing.assert_close(first.gram, gram[:2, :2], rtol=1e-12, atol=0)
             torch.testing.assert_close(second.gram, gram[2:, 2:], rtol=1e-12, atol=0)
             assert first.micro_batches == second.micro_batches == 4
 
 
-def test_row_29_one_weighter_around_two_models_knows_norms(two) -> None:
+def test_one_weighter_around_two_models_knows_norms_only(two) -> None:
     x, y = batch(0, 1, F64)
     norms = []
     for seed in range(2):
-        model = two_models(seed)
+        model = net(["t0"], seed=seed)
         model.shared.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
         taken: list[Tensor] = []
         model.heads["t0"].register_forward_pre_hook(lambda module, args, taken=taken: taken.append(args[0]))
         loss = task_losses(model(x), y)["t0"]
         norms.append(torch.autograd.grad(loss, taken[0])[0].norm())
-    for statistics, weights in each(two, row_29_two_models):
+    for statistics, weights in each(two, one_weighter_around_two_models):
         torch.testing.assert_close(statistics.norms, torch.stack(norms), rtol=1e-12, atol=0)
         assert statistics.gram is None and statistics.step == 1
-        assert weights == each(two, row_29_two_models)[0][1] and weights["t0"] != weights["t1"]
+        assert weights == each(two, one_weighter_around_two_models)[0][1] and weights["t0"] != weights["t1"]
 
 
-def test_row_24_a_run_saved_inside_a_window_is_warned_and_goes_on_with_a_window_of_one(tmp_path) -> None:
-    ranks = run_ranks(row_24_saved_inside_a_window, 2, tmp_path, tmp_path / "checkpoint")
+def test_checkpoint_inside_an_accumulation_window_warns_and_resumes_with_a_window_of_one(tmp_path) -> None:
+    ranks = run_ranks(saved_inside_a_window, 2, tmp_path, tmp_path / "checkpoint")
     for number, (told, before, resumed, short, closed, whole) in enumerate(ranks):
         assert told == ([] if number else [INSIDE])
         assert before == resumed and closed
         assert (short.step, short.micro_batches) == (1, 2) and (whole.step, whole.micro_batches) == (2, 4)
-        blocks = [gradients_by_hand(1, slice(18 * r + 9, 18 * r + 18)) for r in range(2)]
+        blocks = [gradients_by_hand(net(NAMES), 1, slice(18 * r + 9, 18 * r + 18)) for r in range(2)]
         torch.testing.assert_close(short.gram, sum(g @ g.T for g in blocks) / 4, rtol=1e-12, atol=0)
 
 
-# ---- rows 14, 15 and 18: a process that does not come ----------------------------------------------------------------
+# ---- a process that does not come ------------------------------------------------------------------------------------
 
 PATIENCE = 2.0
 MISSED = "RuntimeError: Another process did not come to optimizer step {}: it ended, met an error of its own"
@@ -554,11 +550,11 @@ def lonely(act: Callable[[Setup], Any], wrap: bool, **arguments: Any) -> tuple[A
     return message, seconds, held
 
 
-def row_14_two_batches_against_three() -> tuple[Any, ...]:
+def two_batches_against_three() -> tuple[Any, ...]:
     return lonely(lambda setup: setup.step(1), wrap=False)
 
 
-def row_18_one_sided_step() -> tuple[Any, ...]:
+def one_sided_step() -> tuple[Any, ...]:
     """`combine`, the engine's backward and `step`, as in a loop of the user's own, on process 0 alone."""
 
     def act(setup: Setup) -> None:
@@ -568,7 +564,7 @@ def row_18_one_sided_step() -> tuple[Any, ...]:
     return lonely(act, wrap=False)
 
 
-def row_18_one_sided_step_in_a_group_of_the_users() -> tuple[Any, ...]:
+def one_sided_step_in_a_group_of_the_users() -> tuple[Any, ...]:
     """Process 1 sums something of its own over that same group meanwhile: the two must not meet."""
     group = dist.new_group()
     setup = build(wrap=False, options={"process_group": group})
@@ -580,7 +576,7 @@ def row_18_one_sided_step_in_a_group_of_the_users() -> tuple[Any, ...]:
     return (*timed(lambda: setup.step(1)), setup.weighter.weights == start)
 
 
-def row_18_frozen_on_one_process() -> tuple[Any, ...]:
+def frozen_on_one_process() -> tuple[Any, ...]:
     setup = patient(build(wrap=False))
     start = setup.step(0)
     if rank() == 1:
@@ -589,7 +585,7 @@ def row_18_frozen_on_one_process() -> tuple[Any, ...]:
     return (*timed(lambda: setup.step(1)), setup.weighter.weights == start)
 
 
-def row_18_frozen_for_one_step_on_one_process() -> tuple[Any, ...]:
+def frozen_for_one_step_on_one_process() -> tuple[Any, ...]:
     """Its next window meets the others' last one, which says another step."""
     setup = patient(build(wrap=False))
     start = setup.step(0)
@@ -599,7 +595,7 @@ def row_18_frozen_for_one_step_on_one_process() -> tuple[Any, ...]:
     return (*timed(lambda: setup.step(2)), setup.weighter.weights == start)
 
 
-def row_29_two_weighters_in_opposite_orders() -> tuple[Any, ...]:
+def two_weighters_in_opposite_orders() -> tuple[Any, ...]:
     one, other = build(wrap=False), build(wrap=False, names=["t0", "t1", "t2", "t3"])
     start = one.step(0), other.step(0)
     for setup in (one, other):
@@ -609,7 +605,7 @@ def row_29_two_weighters_in_opposite_orders() -> tuple[Any, ...]:
     return message, seconds, (one.weighter.weights, other.weighter.weights) == start
 
 
-def row_14_join_uneven_inputs() -> tuple[Any, ...]:
+def joined_uneven_inputs() -> tuple[Any, ...]:
     """Five batches of four rows for two processes: three against two."""
     setup = build(wrap=False, mesh={"dp_replicate_size": 2})
     data = torch.utils.data.TensorDataset(*(x[:20] for x in batch(0, 3, F64)))
@@ -634,13 +630,13 @@ def row_14_join_uneven_inputs() -> tuple[Any, ...]:
 
 
 WITHOUT_ENGINE = [
-    row_14_join_uneven_inputs,
-    row_14_two_batches_against_three,
-    row_18_one_sided_step,
-    row_18_one_sided_step_in_a_group_of_the_users,
-    row_18_frozen_on_one_process,
-    row_18_frozen_for_one_step_on_one_process,
-    row_29_two_weighters_in_opposite_orders,
+    joined_uneven_inputs,
+    two_batches_against_three,
+    one_sided_step,
+    one_sided_step_in_a_group_of_the_users,
+    frozen_on_one_process,
+    frozen_for_one_step_on_one_process,
+    two_weighters_in_opposite_orders,
 ]
 
 
@@ -662,38 +658,38 @@ def assert_left_waiting(found: tuple[Any, ...], step: int = 1) -> None:
     assert held and seconds < PATIENCE + 20
 
 
-@pytest.mark.parametrize("scenario", [row_14_two_batches_against_three, row_18_one_sided_step])
-def test_rows_14_and_18_a_step_of_one_process_alone_ends_with_an_error_that_names_the_cause(scenario, waiting) -> None:
+@pytest.mark.parametrize("scenario", [two_batches_against_three, one_sided_step])
+def test_a_step_of_one_process_alone_times_out_with_the_causes(scenario, waiting) -> None:
     assert_left_waiting(each(waiting, scenario)[0])
     for cause in ("break", "weighter.step()", "weighter.freeze()", "even_batches=False", "join_uneven_inputs"):
         assert f"`{cause}`" in each(waiting, scenario)[0][0]
 
 
-def test_row_18_a_one_sided_step_never_meets_a_sum_of_the_users(waiting) -> None:
-    ours, theirs = each(waiting, row_18_one_sided_step_in_a_group_of_the_users)
+def test_a_step_of_one_process_alone_never_mixes_with_an_all_reduce_of_the_user(waiting) -> None:
+    ours, theirs = each(waiting, one_sided_step_in_a_group_of_the_users)
     assert_left_waiting(ours)
     assert theirs[0].startswith("RuntimeError") and "Another process" not in theirs[0]
 
 
-def test_row_18_a_process_frozen_alone_leaves_the_others_with_an_error(waiting) -> None:
-    ours, frozen = each(waiting, row_18_frozen_on_one_process)
+def test_a_process_frozen_alone_ends_the_others_with_an_error(waiting) -> None:
+    ours, frozen = each(waiting, frozen_on_one_process)
     assert_left_waiting(ours)
     assert frozen[2]
 
 
-def test_row_18_a_process_frozen_alone_for_one_step_is_found_at_its_next(waiting) -> None:
-    for message, _, held in each(waiting, row_18_frozen_for_one_step_on_one_process):
+def test_a_process_frozen_alone_for_one_step_raises_at_its_next_step(waiting) -> None:
+    for message, _, held in each(waiting, frozen_for_one_step_on_one_process):
         assert held and message.startswith("RuntimeError: The processes no longer agree at step ")
         assert table(message, "step") == {0: "1", 1: "2"}
 
 
-def test_row_29_two_weighters_in_opposite_orders_wait_and_do_not_mix(waiting) -> None:
-    for found in each(waiting, row_29_two_weighters_in_opposite_orders):
+def test_two_weighters_in_opposite_orders_time_out_and_do_not_mix(waiting) -> None:
+    for found in each(waiting, two_weighters_in_opposite_orders):
         assert_left_waiting(found)
 
 
-def test_row_14_joined_uneven_inputs_are_refused_at_once_on_all_processes(waiting) -> None:
-    for message, seconds, held, lengths in each(waiting, row_14_join_uneven_inputs):
+def test_join_uneven_inputs_is_refused_at_once_on_all_processes(waiting) -> None:
+    for message, seconds, held, lengths in each(waiting, joined_uneven_inputs):
         assert message.startswith("ValueError: Uneven inputs are not supported: `even_batches=False` (of the")
         assert held and seconds < 10
         assert lengths == ("MULTI_GPU", 3)  # evened out, the same context is of no consequence
@@ -722,12 +718,12 @@ def under_ddp(freeze: bool) -> Any:
     return found
 
 
-def test_row_14_under_ddp_three_batches_against_two_end_with_an_error_that_names_the_cause(tmp_path) -> None:
+def test_three_batches_against_two_under_ddp_time_out_with_the_causes(tmp_path) -> None:
     ours, _ = run_ranks(under_ddp, 2, tmp_path, False, timeout=60)
     assert_left_waiting(ours, step=2)
 
 
-def test_row_18_under_ddp_a_process_frozen_alone_ends_all_with_an_error(tmp_path) -> None:
+def test_a_process_frozen_alone_under_ddp_ends_all_with_an_error(tmp_path) -> None:
     ours, frozen = run_ranks(under_ddp, 2, tmp_path, True, timeout=60)
     assert_left_waiting(ours, step=2)
     assert_left_waiting(frozen, step=3)

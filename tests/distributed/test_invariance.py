@@ -65,7 +65,7 @@ def test_any_cut_of_the_same_batch_gives_the_same_trajectory(
 
 def test_the_trajectory_is_that_of_a_loop_written_by_hand(reference: dict[str, Run]) -> None:
     """No weighter anywhere: the weights that the run reported, the losses, one backward, SGD."""
-    from tests.scenarios import batch, task_losses
+    from tests.small import batch, task_losses
 
     cell, run = EQUAL["gradnorm heads"], reference["gradnorm heads"]
     model = net(cell)
@@ -91,7 +91,7 @@ def test_the_trajectory_is_that_of_a_loop_written_by_hand(reference: dict[str, R
 
 
 def test_at_the_shared_layer_norms_are_those_of_the_papers_W(reference: dict[str, Run]) -> None:
-    from tests.scenarios import batch, task_losses
+    from tests.small import batch, task_losses
 
     cell = EQUAL["gradnorm shared layer"]
     model = net(cell)

@@ -43,7 +43,8 @@ from accel_weighting import (
     Weighter,
 )
 from tests.ranks import accelerator_for, run_ranks
-from tests.scenarios import WIDTH, Cell, Net, Run, assert_ranks_agree, batch, cut, names, net, task_losses, train_all
+from tests.scenarios import Cell, Run, assert_ranks_agree, cut, net, train_all
+from tests.small import WIDTH, Net, batch, names, task_losses
 
 METHODS: dict[str, Method] = {
     "mgda": MGDA(),

@@ -1,6 +1,7 @@
 """Checkpoints through `accelerator.save_state` and `load_state`: resumed on as many processes, on others, refused.
 
-Functions without `test` in their names run inside the processes; rows are those of failures.md.
+Functions without `test` in their names run inside the processes;
+the table in tests/README.md says which failure each test shows.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def resumed_elsewhere(folder: Path, halfway: dict[Any, dict[str, Tensor]]) -> di
 def restart(engine: str, method: str, parameters: dict[str, Tensor]) -> Setup:
     """A prepared model that begins with these parameters."""
     from tests.ranks import accelerator_for
-    from tests.scenarios import Net
+    from tests.small import Net
 
     accelerator = accelerator_for(engine, gradient_accumulation_steps=2)  # type: ignore[arg-type]
     inner = Net(NAMES).double()
@@ -104,7 +105,7 @@ def restart(engine: str, method: str, parameters: dict[str, Tensor]) -> Setup:
 def zero_without_weighter(checkpoint: Path) -> str:
     """The control: what DeepSpeed says to its own checkpoint here, with nothing of ours around."""
     from tests.ranks import accelerator_for
-    from tests.scenarios import Net
+    from tests.small import Net
 
     accelerator = accelerator_for("zero2")
     inner = Net(NAMES).double()
@@ -124,7 +125,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[Any
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_row_25_on_as_many_processes_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(engine, method, saved) -> None:
+def test_checkpoint_resumed_on_as_many_processes_is_bitwise_the_uninterrupted_run(engine, method, saved) -> None:
     _, ranks = saved
     for found in ranks:
         whole, resumed, _ = found[engine, method]
@@ -145,7 +146,7 @@ TOLERANCES = {
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_row_26_on_another_number_of_processes_a_resumed_run_follows_the_uninterrupted_one(
+def test_checkpoint_resumed_on_another_number_of_processes_follows_the_uninterrupted_run(
     world, saved, tmp_path
 ) -> None:
     folder, ranks = saved
@@ -252,7 +253,7 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_row_27_another_weighters_checkpoint_is_refused_before_training_with_all_differences(other, refusals) -> None:
+def test_checkpoint_of_another_weighter_is_refused_before_training_on_all_processes(other, refusals) -> None:
     for found in refusals:
         message, untouched, _, _ = found[other]
         expected = OTHERS[other][1]
@@ -267,7 +268,7 @@ def test_row_27_another_weighters_checkpoint_is_refused_before_training_with_all
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_row_27_with_strict_off_all_that_fits_is_kept_and_training_goes_on_alike(other, refusals) -> None:
+def test_checkpoint_loaded_without_strict_keeps_what_fits_alike_on_all_processes(other, refusals) -> None:
     weights, average = refusals[0]["saved"]
     for found in refusals:
         _, _, (kept, kept_average, history), moved = found[other]
@@ -289,20 +290,20 @@ def test_row_27_with_strict_off_all_that_fits_is_kept_and_training_goes_on_alike
 
 
 @pytest.mark.parametrize("name", ["version", "version, and nothing known"])
-def test_row_27_another_version_is_refused_however_it_is_loaded(name, refusals) -> None:
+def test_checkpoint_of_another_version_is_refused_however_it_is_loaded(name, refusals) -> None:
     for found in refusals:
         message, loosely, untouched = found[name]
         assert "Differences: version" in message and "Differences: version" in loosely and untouched
 
 
-def test_row_28_a_file_that_is_not_ours_is_refused_however_it_is_loaded(refusals) -> None:
+def test_checkpoint_that_is_not_a_weighters_is_refused_however_it_is_loaded(refusals) -> None:
     for found in refusals:
         message, loosely, untouched = found["foreign"]
         assert untouched and message == loosely
         assert message.startswith("ValueError: This does not hold a weighter's state (keys: ['epoch', 'lr']).")
 
 
-def test_row_28_objects_registered_in_another_order_are_refused(refusals) -> None:
+def test_checkpoint_of_objects_registered_in_another_order_is_refused(refusals) -> None:
     for found in refusals:
         message = found["order of registration"]
         assert message.startswith("ValueError: This does not hold a weighter's state (keys: ['epoch']).")

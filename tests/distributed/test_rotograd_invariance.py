@@ -17,19 +17,8 @@ from accel_weighting import RotoGrad, RotoGradNorm, Smooth, Weighter
 from accel_weighting.branch import Branch
 from accel_weighting.window import Sums, Window
 from tests.ranks import accelerator_for, run_ranks
-from tests.scenarios import (
-    WIDTH,
-    Cell,
-    Net,
-    Run,
-    assert_ranks_agree,
-    batch,
-    difference,
-    full_parameters,
-    names,
-    task_losses,
-    train,
-)
+from tests.scenarios import Cell, Run, assert_ranks_agree, difference, full_parameters, train
+from tests.small import WIDTH, Net, batch, names, task_losses
 
 FIELDS = ("losses", "norms", "gram", "weights", "moments", "rotations")
 ROTOGRAD = RotoGrad(init="haar", burn_in=2)
@@ -268,7 +257,7 @@ def resume(folder: str, steps: range, save: bool = False) -> dict[str, Tensor]:
     return kept | {"weights": state["weights"], "step": torch.tensor(state["step"])}
 
 
-def test_rows_25_and_26_a_resumed_run_is_bit_exact_and_on_other_processes_the_same(launched) -> None:
+def test_checkpoint_of_rotations_resumes_bitwise_and_on_another_number_of_processes(launched) -> None:
     ranks = launched("ddp", 2)
     through = ranks[0]["through"]
     assert through["step"] == STEPS and through["state.updates"] == STEPS

@@ -1,6 +1,7 @@
 """Windows on real processes: how they end, what is in them, and what happens when something goes wrong in one.
 
-Functions without `test` in their names run inside the processes, many in one launch; rows are those of failures.md.
+Functions without `test` in their names run inside the processes, many in one launch;
+the table in tests/README.md says which failure each test shows.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import torch
 import torch.distributed as dist  # noqa: TID251  how many processes there are
 
 from accel_weighting import MGDA, CoVWeighting, GradNorm, Weighter
-from tests.distributed.setups import F64, GRADNORM, NAMES, build, error_of, gradients_by_hand, rank, table
+from tests.distributed.setups import F64, GRADNORM, NAMES, build, error_of, rank, table
 from tests.ranks import run_ranks
-from tests.scenarios import CountCollectives, batch, task_losses
+from tests.scenarios import CountCollectives
+from tests.small import batch, gradients_by_hand, net, task_losses
 
 # ---- windows that a DataLoader ends --------------------------------------------------------------------------------
 
 PLUGINS: dict[str, tuple[dict[str, Any], list[int]]] = {
-    "row 19 short last window": ({}, [2, 2, 1, 2, 2, 1]),
-    "row 20 windows across epochs": ({"sync_with_dataloader": False}, [2, 2, 2, 2, 2]),
-    "row 20 gradients synchronised at every batch": ({"sync_each_batch": True}, [2, 2, 1, 2, 2, 1]),
+    "short last window": ({}, [2, 2, 1, 2, 2, 1]),
+    "windows across epochs": ({"sync_with_dataloader": False}, [2, 2, 2, 2, 2]),
+    "gradients synchronised at every batch": ({"sync_each_batch": True}, [2, 2, 1, 2, 2, 1]),
 }
 
 
@@ -70,7 +72,7 @@ def epochs(engine: str, plugin: str, evaluate: bool = False, nest: bool = False)
 
 def all_epochs(engine: str) -> dict[str, dict[str, Any]]:
     runs = {plugin: epochs(engine, plugin) for plugin in PLUGINS}
-    one = "row 19 short last window"
+    one = "short last window"
     return runs | {"evaluated": epochs(engine, one, evaluate=True), "nested": epochs(engine, one, nest=True)}
 
 
@@ -85,7 +87,7 @@ def two_processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
-def test_rows_19_and_20_windows_of_a_loader_equal_those_of_one_process(plugin: str, one_process, two_processes) -> None:
+def test_accumulation_windows_of_a_loader_equal_those_of_one_process(plugin: str, one_process, two_processes) -> None:
     one, lengths = one_process[plugin], PLUGINS[plugin][1]
     assert one["micro_batches"] == lengths
     for run in (ranks[plugin] for ranks in two_processes):
@@ -98,17 +100,17 @@ def test_rows_19_and_20_windows_of_a_loader_equal_those_of_one_process(plugin: s
         assert all(map(torch.equal, two_processes[0][plugin][name], two_processes[1][plugin][name]))
 
 
-def test_row_20_a_loader_inside_of_a_loader_closes_no_window(two_processes) -> None:
+def test_a_nested_loader_closes_no_accumulation_window(two_processes) -> None:
     for ranks in two_processes:
-        plain, nested = ranks["row 19 short last window"], ranks["nested"]
+        plain, nested = ranks["short last window"], ranks["nested"]
         assert nested["micro_batches"] == plain["micro_batches"]
         for name in ("losses", "gram", "weights"):
             assert all(map(torch.equal, nested[name], plain[name])), name
 
 
-def test_row_23_an_evaluation_between_micro_batches_changes_nothing(two_processes) -> None:
+def test_evaluation_between_micro_batches_changes_nothing(two_processes) -> None:
     for ranks in two_processes:
-        plain, evaluated = ranks["row 19 short last window"], ranks["evaluated"]
+        plain, evaluated = ranks["short last window"], ranks["evaluated"]
         assert evaluated["evaluation"] == 0
         assert evaluated["micro_batches"] == plain["micro_batches"]
         assert evaluated["per_step"] == plain["per_step"]
@@ -119,7 +121,7 @@ def test_row_23_an_evaluation_between_micro_batches_changes_nothing(two_processe
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
 
-def row_1_not_finite_on_one_process() -> Any:
+def nonfinite_loss_on_one_process() -> Any:
     setup, messages = build(), []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -137,14 +139,14 @@ def row_1_not_finite_on_one_process() -> Any:
     return weights, steps, messages, setup.weighter.log_values()["weighting/skipped_steps"]
 
 
-def row_1_held_steps_are_as_if_they_had_not_been() -> Any:
+def without_the_nonfinite_steps() -> Any:
     setup = build()
     for step in (0, 2, 4):
         setup.step(step)
     return list(setup.weighter.weights.values())
 
 
-def row_1_too_many_in_a_row() -> Any:
+def too_many_nonfinite_losses() -> Any:
     setup = build(options={"max_skipped_steps": 3})
     start = setup.step(0)
 
@@ -162,7 +164,7 @@ def row_1_too_many_in_a_row() -> Any:
     return message, start == held, setup.step(2) != held
 
 
-def row_2_gradient_not_finite_on_one_process() -> Any:
+def nonfinite_gradient_on_one_process() -> Any:
     setup = build(options={"max_skipped_steps": 0})
     start = setup.step(0)
     x, y = batch(1, 3, F64)
@@ -180,13 +182,13 @@ def row_2_gradient_not_finite_on_one_process() -> Any:
     return message, start == held, setup.step(2) != held
 
 
-def row_3_absent_on_one_process() -> Any:
+def missing_on_one_process() -> Any:
     setup = build()
     setup.step(0, num_items={"t1": 0} if rank() == 1 else None)
     return setup.weighter.statistics
 
 
-def row_4_absent_on_all_processes() -> Any:
+def missing_on_all_processes() -> Any:
     setup = build()
     for step in range(4):
         setup.step(step, num_items={"t1": 0})
@@ -204,24 +206,24 @@ def row_4_absent_on_all_processes() -> Any:
     return setup.weighter.weights, weighter.weights, kept
 
 
-def row_5_tasks_in_another_order() -> Any:
+def tasks_in_another_order() -> Any:
     setup = build(names=NAMES if rank() != 1 else NAMES[::-1], wrap=False)
     return error_of(setup.step), error_of(setup.step)
 
 
-def row_5_a_task_more_on_one_process() -> Any:
+def a_task_more_on_one_process() -> Any:
     setup = build(names=NAMES if rank() != 1 else [*NAMES, "t3"], wrap=False)
     return error_of(setup.step), error_of(setup.step)
 
 
-def row_5_many_tasks_more_on_one_process() -> Any:
+def many_tasks_more_on_one_process() -> Any:
     """So many that the vectors are longer than the part of fixed length, on the last process only."""
     last = rank() == dist.get_world_size() - 1
     setup = build(names=[f"t{k}" for k in range(40 if last else 3)], wrap=False)
     return error_of(setup.step), error_of(setup.step)
 
 
-def row_5_many_tasks_more_at_lag_0() -> Any:
+def many_tasks_more_at_lag_0() -> Any:
     """Weights are asked for inside the backward there, so that is where the processes meet first."""
     last = rank() == dist.get_world_size() - 1
     names = [f"t{k}" for k in range(40 if last else 3)]
@@ -229,7 +231,7 @@ def row_5_many_tasks_more_at_lag_0() -> Any:
     return error_of(setup.step), error_of(setup.step)
 
 
-def row_5_a_shared_layer_on_one_process() -> Any:
+def a_shared_layer_on_one_process() -> Any:
     setup = build(wrap=False)
     setup.weighter.detach()
     options = {"shared_layer": setup.inner.shared} if rank() == 0 else {}
@@ -237,7 +239,7 @@ def row_5_a_shared_layer_on_one_process() -> Any:
     return (error_of(setup.step),)
 
 
-def row_6_another_order_of_the_dictionary() -> Any:
+def another_order_of_the_dictionary() -> Any:
     runs = []
     for turn in (False, True):
         setup = build()
@@ -251,14 +253,14 @@ def row_6_another_order_of_the_dictionary() -> Any:
     return runs
 
 
-def row_13_uneven_batches_with_counts() -> Any:
+def uneven_batches_with_counts() -> Any:
     setup = build()
     sizes = {2: (23, 13), 3: (5, 11, 20)}[dist.get_world_size()]
     setup.weighter.backward(setup.losses(0, sizes=sizes), num_items=sizes[rank()])
     return setup.weighter.statistics
 
 
-def row_16_an_exception_between_micro_batches() -> Any:
+def an_exception_between_micro_batches() -> Any:
     setup = build(gradient_accumulation_steps=2)
     count = CountCollectives()
     seen = []
@@ -282,7 +284,7 @@ def row_16_an_exception_between_micro_batches() -> Any:
     return seen
 
 
-def row_17_weights_changed_on_one_process() -> Any:
+def weights_changed_on_one_process() -> Any:
     setup = build()
     setup.step(0)
     setup.step(1)
@@ -291,7 +293,7 @@ def row_17_weights_changed_on_one_process() -> Any:
     return error_of(lambda: setup.step(2)), error_of(lambda: setup.step(3))
 
 
-def row_17_state_changed_on_one_process() -> Any:
+def state_changed_on_one_process() -> Any:
     setup = build(method=CoVWeighting())
     setup.step(0)
     if rank() == 1:
@@ -299,12 +301,12 @@ def row_17_state_changed_on_one_process() -> Any:
     return (error_of(lambda: setup.step(1)),)
 
 
-def row_17_settings_differ() -> Any:
+def methods_differ() -> Any:
     setup = build(method=GradNorm(alpha=1.0 if rank() else 1.5), wrap=False)
     return (error_of(setup.step),)
 
 
-def row_18_one_process_is_a_step_ahead() -> Any:
+def one_process_is_a_step_ahead() -> Any:
     setup = build(wrap=False, method=CoVWeighting())
     setup.step(0)
     if rank() == 0:
@@ -312,7 +314,7 @@ def row_18_one_process_is_a_step_ahead() -> Any:
     return (error_of(lambda: setup.step(1)),)
 
 
-def row_14_uneven_inputs() -> Any:
+def uneven_inputs() -> Any:
     from accelerate.utils import DataLoaderConfiguration
 
     return (error_of(lambda: build(dataloader_config=DataLoaderConfiguration(even_batches=False))),)
@@ -376,9 +378,29 @@ def collectives_of_every_step() -> Any:
 
 
 FAULTS = [
-    value for name, value in list(globals().items()) if name.startswith("row_") or name.endswith("one_process_only")
+    nonfinite_loss_on_one_process,
+    without_the_nonfinite_steps,
+    too_many_nonfinite_losses,
+    nonfinite_gradient_on_one_process,
+    missing_on_one_process,
+    missing_on_all_processes,
+    tasks_in_another_order,
+    a_task_more_on_one_process,
+    many_tasks_more_on_one_process,
+    many_tasks_more_at_lag_0,
+    a_shared_layer_on_one_process,
+    another_order_of_the_dictionary,
+    uneven_batches_with_counts,
+    an_exception_between_micro_batches,
+    weights_changed_on_one_process,
+    state_changed_on_one_process,
+    methods_differ,
+    one_process_is_a_step_ahead,
+    uneven_inputs,
+    counts_on_one_process_only,
+    negative_loss_on_one_process,
+    collectives_of_every_step,
 ]
-FAULTS += [negative_loss_on_one_process, collectives_of_every_step]
 
 
 def all_faults() -> dict[str, Any]:
@@ -395,9 +417,9 @@ def each(faults: list[dict[str, Any]], name: Callable[..., Any]) -> list[Any]:
     return [rank[name.__name__] for rank in faults]
 
 
-def test_row_1_a_loss_that_is_not_finite_on_one_process_holds_all(faults) -> None:
+def test_nonfinite_loss_on_one_process_skips_the_update_on_all(faults) -> None:
     world = len(faults)
-    results = each(faults, row_1_not_finite_on_one_process)
+    results = each(faults, nonfinite_loss_on_one_process)
     for weights, steps, _, skipped in results:
         assert weights[1] == weights[0] and weights[3] == weights[2]
         assert weights[2] != weights[1] and weights[4] != weights[3]
@@ -405,12 +427,12 @@ def test_row_1_a_loss_that_is_not_finite_on_one_process_holds_all(faults) -> Non
         assert weights == results[0][0]
     message = f"Loss `t1` was not finite on 1 of {world} processes at optimizer step 1; weights are held."
     assert [messages for _, _, messages, _ in results] == [[message]] + [[]] * (world - 1)  # once, on the first
-    for weights in each(faults, row_1_held_steps_are_as_if_they_had_not_been):
+    for weights in each(faults, without_the_nonfinite_steps):
         assert weights == results[0][0][4]
 
 
-def test_row_1_too_many_held_steps_end_all_processes_and_the_next_window_works(faults) -> None:
-    for message, held, moved in each(faults, row_1_too_many_in_a_row):
+def test_nonfinite_losses_beyond_max_skipped_steps_raise_on_all_processes(faults) -> None:
+    for message, held, moved in each(faults, too_many_nonfinite_losses):
         assert message == (
             f"RuntimeError: Loss `t1` was not finite on 1 of {len(faults)} processes at optimizer step 4; weights are "
             "held. 4 steps in a row exceed `max_skipped_steps = 3`: look for the cause in the data or the learning "
@@ -419,8 +441,8 @@ def test_row_1_too_many_held_steps_end_all_processes_and_the_next_window_works(f
         assert held and moved
 
 
-def test_row_2_a_gradient_that_is_not_finite_on_one_process_holds_all(faults) -> None:
-    for message, held, moved in each(faults, row_2_gradient_not_finite_on_one_process):
+def test_nonfinite_gradient_on_one_process_skips_the_update_on_all(faults) -> None:
+    for message, held, moved in each(faults, nonfinite_gradient_on_one_process):
         assert message.startswith(
             "RuntimeError: Gradient of loss `t2` at the shared representation was not finite on 1 of "
             f"{len(faults)} processes at optimizer step 1; weights are held."
@@ -428,17 +450,17 @@ def test_row_2_a_gradient_that_is_not_finite_on_one_process_holds_all(faults) ->
         assert held and moved
 
 
-def test_row_3_a_task_absent_on_one_process_counts_as_a_gradient_of_zero_there(faults) -> None:
+def test_a_task_missing_on_one_process_counts_as_zero_gradient_there(faults) -> None:
     world = len(faults)
-    G = [gradients_by_hand(0, slice(r * 36 // world, (r + 1) * 36 // world)) for r in range(world)]
+    G = [gradients_by_hand(net(NAMES), 0, slice(r * 36 // world, (r + 1) * 36 // world)) for r in range(world)]
     G[1][1] = 0
-    for s in each(faults, row_3_absent_on_one_process):
+    for s in each(faults, missing_on_one_process):
         torch.testing.assert_close(s.gram, sum(g @ g.T for g in G) / world**2, rtol=1e-12, atol=0)
         assert s.present.all()
 
 
-def test_row_4_a_task_absent_everywhere_keeps_weight_and_state_and_the_others_are_as_without_it(faults) -> None:
-    for with_it, without, kept in each(faults, row_4_absent_on_all_processes):
+def test_a_task_missing_on_all_processes_keeps_its_weight_and_state(faults) -> None:
+    for with_it, without, kept in each(faults, missing_on_all_processes):
         assert with_it["t1"] == 1 and kept == []
         for task in ("t0", "t2"):
             assert with_it[task] != 1
@@ -448,13 +470,13 @@ def test_row_4_a_task_absent_everywhere_keeps_weight_and_state_and_the_others_ar
 @pytest.mark.parametrize(
     ("fault", "what"),
     [
-        (row_5_tasks_in_another_order, (1, "['t2', 't1', 't0']")),
-        (row_5_a_task_more_on_one_process, (1, "['t0', 't1', 't2', 't3']")),
-        (row_5_many_tasks_more_on_one_process, (-1, str([f"t{k}" for k in range(40)]))),
-        (row_5_many_tasks_more_at_lag_0, (-1, str([f"t{k}" for k in range(40)]))),
+        (tasks_in_another_order, (1, "['t2', 't1', 't0']")),
+        (a_task_more_on_one_process, (1, "['t0', 't1', 't2', 't3']")),
+        (many_tasks_more_on_one_process, (-1, str([f"t{k}" for k in range(40)]))),
+        (many_tasks_more_at_lag_0, (-1, str([f"t{k}" for k in range(40)]))),
     ],
 )
-def test_row_5_processes_built_with_different_tasks_are_told_so_with_a_table(fault, what, faults) -> None:
+def test_processes_built_with_different_tasks_raise_with_a_table(fault, what, faults) -> None:
     messages, (odd, tasks) = each(faults, fault), what
     for first, again in messages:
         assert first.startswith("RuntimeError: The processes were built with different tasks.\ntasks:\n")
@@ -464,39 +486,39 @@ def test_row_5_processes_built_with_different_tasks_are_told_so_with_a_table(fau
     assert len(set(messages)) == 1
 
 
-def test_row_5_processes_with_vectors_of_different_length_and_the_same_tasks(faults) -> None:
-    for (message,) in each(faults, row_5_a_shared_layer_on_one_process):
+def test_processes_with_vectors_of_different_length_raise_with_the_setting(faults) -> None:
+    for (message,) in each(faults, a_shared_layer_on_one_process):
         assert message.startswith("RuntimeError: The processes no longer agree at step 0: different shared_layer.")
         others = dict.fromkeys(range(1, len(faults)), "None")
         assert table(message, "shared_layer") == {0: "(5, 8)", **others}
 
 
-def test_row_6_the_order_of_a_dictionary_may_differ(faults) -> None:
-    for (weights, gram), (turned, turned_gram) in each(faults, row_6_another_order_of_the_dictionary):
+def test_the_order_of_the_dictionary_of_losses_may_differ_between_processes(faults) -> None:
+    for (weights, gram), (turned, turned_gram) in each(faults, another_order_of_the_dictionary):
         assert weights == turned and torch.equal(gram, turned_gram)
-        assert weights == each(faults, row_6_another_order_of_the_dictionary)[0][0][0]
+        assert weights == each(faults, another_order_of_the_dictionary)[0][0][0]
 
 
-def test_row_13_counts_make_uneven_batches_exact(faults) -> None:
-    G = gradients_by_hand(0, slice(0, 36))
-    for s in each(faults, row_13_uneven_batches_with_counts):
+def test_num_items_make_uneven_batches_exact(faults) -> None:
+    G = gradients_by_hand(net(NAMES), 0, slice(0, 36))
+    for s in each(faults, uneven_batches_with_counts):
         torch.testing.assert_close(s.gram, G @ G.T, rtol=1e-12, atol=0)
 
 
-def test_row_16_after_an_exception_that_all_processes_caught_the_next_window_is_right(faults) -> None:
+def test_after_an_exception_caught_on_all_processes_the_next_window_is_right(faults) -> None:
     world = len(faults)
-    for seen in each(faults, row_16_an_exception_between_micro_batches):
+    for seen in each(faults, an_exception_between_micro_batches):
         assert [calls for calls, _ in seen] == [1, 0, 1]
         assert [s.step for _, s in seen] == [0, 0, 1]
         size = 36 // (2 * world)
         for step, s in ((0, seen[0][1]), (2, seen[2][1])):
             assert s.micro_batches == 2 * world
-            G = [gradients_by_hand(step, slice(b * size, (b + 1) * size)) for b in range(2 * world)]
+            G = [gradients_by_hand(net(NAMES), step, slice(b * size, (b + 1) * size)) for b in range(2 * world)]
             torch.testing.assert_close(s.gram, sum(g @ g.T for g in G) / (2 * world) ** 2, rtol=1e-12, atol=0)
 
 
-def test_row_17_a_weight_changed_by_1e_9_on_one_process_is_found_in_that_very_step(faults) -> None:
-    messages = each(faults, row_17_weights_changed_on_one_process)
+def test_a_weight_changed_by_1e_9_on_one_process_raises_in_that_very_step(faults) -> None:
+    messages = each(faults, weights_changed_on_one_process)
     for first, again in messages:
         assert first.startswith("RuntimeError: The processes no longer agree at step 2: weights, method state")
         rows = table(first, "weights")
@@ -511,29 +533,29 @@ def test_row_17_a_weight_changed_by_1e_9_on_one_process_is_found_in_that_very_st
     assert len(set(messages)) == 1
 
 
-def test_row_17_the_last_bit_of_the_methods_state_is_found(faults) -> None:
-    for (message,) in each(faults, row_17_state_changed_on_one_process):
+def test_the_last_bit_of_the_method_state_on_one_process_raises(faults) -> None:
+    for (message,) in each(faults, state_changed_on_one_process):
         assert message.startswith("RuntimeError: The processes no longer agree at step 1")
         rows = table(message, "state")
         assert len(rows) == len(faults) and rows[1] not in {rows[rank] for rank in rows if rank != 1}
 
 
-def test_row_17_settings_that_differ_are_named(faults) -> None:
-    for (message,) in each(faults, row_17_settings_differ):
+def test_methods_that_differ_between_processes_raise_with_both(faults) -> None:
+    for (message,) in each(faults, methods_differ):
         assert "at step 0: different method." in message
         rows = table(message, "method")
         assert len(rows) == len(faults)
         assert all(rows[rank].startswith(f"GradNorm(alpha={1.0 if rank else 1.5}, ") for rank in rows)
 
 
-def test_row_18_processes_out_of_step_are_named_with_their_steps(faults) -> None:
-    for (message,) in each(faults, row_18_one_process_is_a_step_ahead):
+def test_processes_out_of_step_raise_with_their_steps(faults) -> None:
+    for (message,) in each(faults, one_process_is_a_step_ahead):
         assert message.startswith("RuntimeError: The processes no longer agree at step ")
         assert table(message, "step") == {0: "2", **dict.fromkeys(range(1, len(faults)), "1")}
 
 
-def test_row_14_uneven_inputs_are_refused(faults) -> None:
-    for (message,) in each(faults, row_14_uneven_inputs):
+def test_uneven_inputs_are_refused_on_all_processes(faults) -> None:
+    for (message,) in each(faults, uneven_inputs):
         assert message.startswith("ValueError: Uneven inputs are not supported")
 
 
@@ -544,7 +566,7 @@ def test_counts_on_one_process_only_are_an_error_everywhere(faults) -> None:
         assert held and moved
 
 
-def test_row_11_a_negative_loss_is_judged_by_its_mean_over_all_processes(faults) -> None:
+def test_a_negative_loss_is_judged_by_its_mean_over_all_processes(faults) -> None:
     for message, held, moved in each(faults, negative_loss_on_one_process):
         assert "Task `t0` averaged -" in message and "over optimizer step 1" in message
         assert held and moved
@@ -579,7 +601,7 @@ def uninterrupted_and_resumed(folder: Path) -> Any:
     return whole, first, setup_of_another_seed
 
 
-def test_rows_25_and_26_a_resumed_run_goes_on_on_two_processes_and_on_one(tmp_path) -> None:
+def test_checkpoint_resumes_on_two_processes_and_on_one(tmp_path) -> None:
     folder = tmp_path / "checkpoint"
     for whole, first, resumed in run_ranks(uninterrupted_and_resumed, 2, tmp_path, folder):
         assert first[0] + resumed[0] == whole[0]  # bit by bit

@@ -18,7 +18,8 @@ from torch import Tensor
 from accel_weighting import CoVWeighting, GradNorm, Method, RotoGrad, Weighter
 from accel_weighting.processes import Processes
 from tests.ranks import forget_accelerators
-from tests.scenarios import Block, Cell, batch, net, task_losses
+from tests.scenarios import Cell, net
+from tests.small import Block, batch, task_losses
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and here is none"),

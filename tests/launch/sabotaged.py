@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from accel_weighting import selfcheck
 from accel_weighting.processes import Processes
+from accel_weighting.selfcheck.__main__ import main
 
 ALL_REDUCE = Processes._all_reduce
 
@@ -26,4 +26,4 @@ BREAK: dict[str, Any] = {
 
 if __name__ == "__main__":
     Processes._all_reduce = BREAK[os.environ["SABOTAGE"]]  # type: ignore[method-assign]
-    sys.exit(selfcheck.main())
+    sys.exit(main())

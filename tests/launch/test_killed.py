@@ -204,7 +204,7 @@ def deaths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_ranks(all_deaths, 1, folder, folder, timeout=240)[0]
 
 
-def test_row_25_a_run_killed_between_any_two_steps_or_anywhere_in_a_save_ends_as_the_uninterrupted_one(deaths) -> None:
+def test_killed_between_any_two_steps_or_in_a_save_a_run_resumes_to_the_uninterrupted_end(deaths) -> None:
     whole = deaths["whole"]
     assert whole["first"] == 0 and whole["left"] == ["step_000006"]
     assert 5 <= deaths["changes at 2"] < deaths["changes at 4"] and deaths["changes at 2"] < deaths["changes at 2 anew"]

@@ -7,7 +7,7 @@ from tests.launch.launching import Launched
 PATIENCE = 10.0
 
 
-def test_row_15_a_process_that_breaks_off_exits_cleanly_and_the_other_names_the_cause(tmp_path):
+def test_a_process_that_leaves_early_exits_cleanly_and_the_other_names_the_cause(tmp_path):
     command = ["python", "-m", "tests.launch.leaving", str(tmp_path / "rendezvous"), str(PATIENCE)]
     environment = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **environment} for rank in range(2)]

@@ -57,7 +57,7 @@ def test_methods_are_compared_on_two_processes(comparison):
     assert "mean change" in output
 
 
-def test_row_25_a_run_killed_inside_a_save_ends_where_the_uninterrupted_one_does(comparison, tmp_path):
+def test_killed_inside_a_checkpoint_a_run_resumes_to_the_uninterrupted_end(comparison, tmp_path):
     """SIGKILL for the launcher and both processes while the second checkpoint is half written."""
     checkpoints = tmp_path / "checkpoints"
     options = ["--method", "gradnorm", "--accumulation", "2", "--checkpoint_dir", str(checkpoints), "--steps", "9"]

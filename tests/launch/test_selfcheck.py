@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from accel_weighting.selfcheck import MEANING, main
+from accel_weighting.selfcheck.__main__ import main
+from accel_weighting.selfcheck.report import MEANING
 from tests.launch.launching import ACCELERATE, ROOT, Launched, read, report, selfcheck
 
 TWO = ["--num_processes", "2", "--main_process_port", "0"]

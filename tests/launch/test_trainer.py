@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from accel_weighting import MGDA, CoVWeighting, GradNorm, RotoGrad, Weighter
 from tests.ranks import accelerator_for, run_ranks
+from tests.small import Block
 
 TASKS = ("kind", "size")
 HEADS = {task: f"heads.{task}" for task in TASKS}
@@ -20,15 +21,6 @@ METHODS = {
     "mgda": MGDA(),
     "rotograd": RotoGrad(),
 }
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return x + torch.tanh(self.inner(x))
 
 
 class Model(nn.Module):
@@ -66,12 +58,11 @@ def make_model():
 
 def make_trainer(folder, method="gradnorm", fsdp=False, **options):
     warnings.simplefilter("error", ResourceWarning)
-    from accelerate import PartialState
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
     from transformers import TrainingArguments
 
     from accel_weighting.integrations.trainer import WeightedTrainer
+    from accel_weighting.selfcheck.cpu import allow_sharding_on_cpu
 
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -105,7 +96,7 @@ def make_trainer(folder, method="gradnorm", fsdp=False, **options):
     args = TrainingArguments(str(folder), **arguments)
     if fsdp:
         assert args.device.type == "cpu"
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        allow_sharding_on_cpu()
     return InOrder(
         model=make_model(),
         args=args,

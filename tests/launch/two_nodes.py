@@ -15,7 +15,8 @@ import torch.distributed as dist  # noqa: TID251  joins the others as the launch
 
 from accel_weighting import GradNorm
 from tests.ranks import accelerator_for
-from tests.scenarios import Cell, batch, cut, net, task_losses, weighter_for
+from tests.scenarios import Cell, cut, net, weighter_for
+from tests.small import batch, task_losses
 
 
 def train(engine: str, folder: Path) -> dict[str, Any]:

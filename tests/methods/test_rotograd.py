@@ -13,7 +13,7 @@ from torch import nn
 from accel_weighting import RotoGrad, RotoGradNorm, Smooth, Weighter
 from accel_weighting.methods.rotograd import haar, orthogonalise, retract, skew
 from accel_weighting.statistics import Statistics
-from tests.unit.small import fake_accelerator
+from tests.small import fake_accelerator
 
 TASKS = ["a", "b", "c"]
 WIDTH = 5

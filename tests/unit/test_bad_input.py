@@ -15,15 +15,7 @@ from torch import nn
 
 from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, Smooth, StaticWeighting, Weighter
 from tests.ranks import accelerator_for, forget_accelerators
-from tests.scenarios import Net, batch, task_losses
-from tests.unit.small import TASKS, fake_accelerator, losses_of, net
-
-GRADNORM = GradNorm(alpha=1.0)
-
-
-def weighter_and_model(method=GRADNORM, **options):
-    model = net()
-    return Weighter(method, TASKS, heads=dict(model.heads), **options), model
+from tests.small import GRADNORM, TASKS, Net, batch, fake_accelerator, losses_of, net, task_losses, weighter_and_model
 
 
 def assert_the_next_window_works(weighter, model, step=0):
@@ -63,15 +55,15 @@ def raises(error, text):
         (["a", 1], ValueError, "Parameter `tasks` must be one or more non-empty strings. Found `tasks = ['a', 1]`."),
         (["a", "b", "a"], ValueError, "`tasks` must not repeat a name. Found `tasks = ['a', 'b', 'a']`."),
     ],
-    ids=["a string", "a number", "none", "an empty name", "not a name", "row 35 twice"],
+    ids=["a string", "a number", "none", "an empty name", "not a name", "twice"],
 )
-def test_row_35_task_names(tasks, error, text):
+def test_task_names_that_are_empty_repeated_or_no_strings_are_refused(tasks, error, text):
     with raises(error, text):
         Weighter(EqualWeighting(), tasks)
 
 
 @pytest.mark.parametrize("tasks", [1, 20])
-def test_row_35_one_task_and_twenty(tasks):
+def test_one_task_keeps_weight_one_and_twenty_keep_their_sum(tasks):
     names = [f"t{k}" for k in range(tasks)]
     torch.manual_seed(0)
     model = Net(names).double()
@@ -242,14 +234,14 @@ def test_a_head_that_is_fed_no_floating_point_tensor():
         head(torch.tensor([0, 1]))
 
 
-def test_row_32_an_unsupported_engine():
+def test_an_unsupported_engine_is_refused_with_the_supported_ones():
     accelerator = fake_accelerator(distributed_type=SimpleNamespace(value="MEGATRON_LM"))
     with raises(NotImplementedError, "Found MEGATRON_LM") as caught:
         Weighter(EqualWeighting(), TASKS, accelerator=accelerator)
     assert "MULTI_GPU" in str(caught.value) and "FSDP" in str(caught.value) and "DEEPSPEED" in str(caught.value)
 
 
-def test_row_14_uneven_inputs():
+def test_uneven_inputs_are_refused_at_construction():
     accelerator = fake_accelerator(num_processes=2, even_batches=False)
     with raises(ValueError, "Use `even_batches=True` or drop the last batch."):
         Weighter(EqualWeighting(), TASKS, accelerator=accelerator)
@@ -318,40 +310,40 @@ def _loss(**changes):
 
 
 BAD_LOSSES = {
-    "row 7 unknown": (
+    "an unknown name": (
         lambda losses: {"dpeth": losses["depth"], "seg": losses["seg"]},
         ValueError,
         "Unknown task 'dpeth'. This weighter was built with `tasks = ['depth', 'seg']`. Did you mean 'depth'?",
     ),
-    "row 7 a number": (lambda losses: {0: losses["depth"]}, ValueError, "Unknown task 0. This weighter was built"),
-    "row 8 a vector": (
+    "a number for a name": (lambda losses: {0: losses["depth"]}, ValueError, "Unknown task 0. This weighter was built"),
+    "a vector": (
         _loss(seg=lambda loss: loss.expand(32)),
         ValueError,
         "Loss `seg` must be a floating-point tensor of shape []. Found dtype float64, shape [32]: reduce it first, "
         "e.g. `loss.mean()`.",
     ),
-    "row 8 an integer": (
+    "an integer": (
         _loss(seg=lambda loss: loss.detach().long()),
         ValueError,
         "Loss `seg` must be a floating-point tensor of shape []. Found dtype int64, shape [].",
     ),
-    "row 8 a float": (
+    "a float": (
         _loss(seg=lambda loss: loss.item()),
         TypeError,
         "Loss `seg` must be a floating-point tensor of shape []. Found float.",
     ),
-    "row 8 None": (_loss(seg=lambda loss: None), TypeError, "Loss `seg` must be a floating-point tensor of shape []."),
-    "row 8 all offenders": (
+    "None": (_loss(seg=lambda loss: None), TypeError, "Loss `seg` must be a floating-point tensor of shape []."),
+    "all offenders of shape": (
         _loss(depth=lambda loss: loss.item(), seg=lambda loss: loss[None]),
         TypeError,
         "Found float.\nLoss `seg` must be a floating-point tensor of shape []. Found dtype float64, shape [1]",
     ),
-    "row 9 detached": (
+    "detached": (
         _loss(seg=torch.Tensor.detach),
         ValueError,
         "Loss `seg` does not require grad: it was detached before it came here.",
     ),
-    "row 9 all offenders": (
+    "all detached": (
         _loss(seg=torch.Tensor.detach, depth=torch.Tensor.detach),
         ValueError,
         "Loss `depth` does not require grad: it was detached before it came here.\nLoss `seg` does not",
@@ -382,7 +374,7 @@ BAD_LOSSES = {
 
 
 @pytest.mark.parametrize("case", BAD_LOSSES)
-def test_rows_7_8_and_9_bad_losses(case):
+def test_losses_of_a_wrong_name_shape_or_dtype_or_detached_are_refused(case):
     change, error, text = BAD_LOSSES[case]
     weighter, model = weighter_and_model()
     with raises(error, text):
@@ -481,7 +473,7 @@ def test_backward_with_gradients_disabled():
 
 
 @pytest.mark.parametrize("disabled", [torch.no_grad, torch.inference_mode])
-def test_row_9_combine_with_gradients_disabled_gives_the_total_and_records_nothing(disabled):
+def test_combine_with_gradients_disabled_gives_the_total_and_records_nothing(disabled):
     weighter, model = weighter_and_model(initial_weights={"depth": 0.25, "seg": 2.0})
     before = weighter.state_dict()["record"]["steps"]
     with disabled():
@@ -494,7 +486,7 @@ def test_row_9_combine_with_gradients_disabled_gives_the_total_and_records_nothi
         weighter.step()
 
 
-def test_row_30_backward_twice_for_one_forward():
+def test_backward_twice_for_one_forward_is_refused():
     weighter, model = weighter_and_model()
     losses = losses_of(model)
     weighter.backward(losses)
@@ -517,7 +509,7 @@ def bypass(model, weighter):
     return task_losses(outputs, y) | {"seg": model.embed(x).square().mean()}
 
 
-def test_row_10_a_loss_that_does_not_reach_the_branch():
+def test_a_loss_that_does_not_reach_the_branch_is_refused():
     weighter, model = weighter_and_model()
     with raises(RuntimeError, "Loss `seg` does not depend on the branch: no gradient of it arrived there.") as caught:
         weighter.backward(bypass(model, weighter))
@@ -525,21 +517,21 @@ def test_row_10_a_loss_that_does_not_reach_the_branch():
     assert_the_next_window_works(weighter, model)
 
 
-def test_row_10_two_losses_that_do_not_reach_it():
+def test_two_losses_that_do_not_reach_the_branch_are_both_named():
     weighter, model = weighter_and_model()
     x, _ = batch(0, 2, torch.float64)
     with raises(RuntimeError, "Losses `depth`, `seg` do not depend on the branch"):
         weighter.backward([model.embed(x).sum(), model.embed(x).square().sum()])
 
 
-def test_row_10_no_branch_at_all():
+def test_a_weighter_without_any_branch_is_refused():
     model = net()
     weighter = Weighter(GRADNORM, TASKS)
     with raises(RuntimeError, "this weighter has no `heads`, and `weighter.branch(z)` was not called"):
         weighter.backward(losses_of(model))
 
 
-def test_row_10_a_method_of_losses_needs_no_branch():
+def test_a_method_of_losses_needs_no_branch():
     model = net()
     weighter = Weighter(CoVWeighting(), TASKS)
     weighter.backward(losses_of(model))
@@ -547,7 +539,7 @@ def test_row_10_a_method_of_losses_needs_no_branch():
 
 
 @pytest.mark.parametrize("method", [GRADNORM, CoVWeighting()], ids=["GradNorm", "CoVWeighting"])
-def test_row_11_a_negative_loss_where_losses_are_divided(method):
+def test_a_negative_loss_is_refused_where_losses_are_divided(method):
     weighter, model = weighter_and_model(method)
     losses = losses_of(model)
     with raises(ValueError, "divides by losses and needs them positive. Task `seg` averaged -") as caught:
@@ -558,7 +550,7 @@ def test_row_11_a_negative_loss_where_losses_are_divided(method):
 
 
 @pytest.mark.parametrize("method", [GradNorm(alpha=0.0), EqualWeighting()], ids=["GradNorm(alpha=0)", "Equal"])
-def test_row_11_a_negative_loss_elsewhere(method):
+def test_a_negative_loss_is_accepted_by_other_methods(method):
     weighter, model = weighter_and_model(method)
     losses = losses_of(model)
     weighter.backward(losses | {"seg": losses["seg"] - 100})
@@ -566,7 +558,7 @@ def test_row_11_a_negative_loss_elsewhere(method):
 
 
 @pytest.mark.parametrize("method", [GRADNORM, CoVWeighting()], ids=["GradNorm", "CoVWeighting"])
-def test_row_11_a_task_waits_for_its_first_positive_loss(method):
+def test_a_task_with_zero_loss_waits_for_its_first_positive_one(method):
     weighter, model = weighter_and_model(method)
     start = weighter.weights["seg"]
     for step in range(4):
@@ -578,7 +570,7 @@ def test_row_11_a_task_waits_for_its_first_positive_loss(method):
     assert weighter.weights["seg"] != start
 
 
-def test_row_34_a_trunk_that_is_frozen():
+def test_a_frozen_trunk_is_refused():
     weighter, model = weighter_and_model()
     model.embed.requires_grad_(False), model.blocks.requires_grad_(False), model.shared.requires_grad_(False)
     with raises(RuntimeError, "The shared representation does not require grad (all parameters before it are frozen)"):
@@ -587,7 +579,7 @@ def test_row_34_a_trunk_that_is_frozen():
     assert_the_next_window_works(weighter, model)
 
 
-def test_row_34_adapters_in_a_frozen_trunk_are_enough():
+def test_adapters_in_a_frozen_trunk_are_enough():
     weighter, model = weighter_and_model()
     model.embed.requires_grad_(False), model.shared.requires_grad_(False), model.blocks[0].requires_grad_(False)
     weighter.backward(losses_of(model))
@@ -596,7 +588,7 @@ def test_row_34_adapters_in_a_frozen_trunk_are_enough():
     torch.testing.assert_close(weighter.statistics.gram, fresh.statistics.gram, rtol=1e-14, atol=0)
 
 
-def test_row_34_a_trunk_in_eval_mode_still_counts():
+def test_a_trunk_in_eval_mode_still_counts():
     weighter, model = weighter_and_model()
     model.eval()
     assert_the_next_window_works(weighter, model)

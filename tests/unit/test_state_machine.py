@@ -23,8 +23,7 @@ from torch import Tensor
 
 from accel_weighting import MGDA, CoVWeighting, GradNorm, Method, RotoGrad, Weighter
 from tests.ranks import accelerator_for
-from tests.scenarios import WIDTH, Net, batch, task_losses
-from tests.unit.small import gradients_by_hand, net
+from tests.small import WIDTH, Net, batch, gradients_by_hand, net, task_losses
 
 TASKS = ["a", "b", "c"]
 K = len(TASKS)
@@ -106,7 +105,7 @@ def requests(draw: Callable[..., Any]) -> Request:
 
 
 @dataclass
-class Block:
+class MicroBatch:
     """A micro-batch: the losses of its tasks and the inner products of their gradients.
 
     Attributes:
@@ -145,7 +144,7 @@ class Model:
     unfrozen_steps: int = 0
     history: list[int] = field(default_factory=list)
     window: int = 0  # which one is open
-    blocks: list[Block] = field(default_factory=list)
+    blocks: list[MicroBatch] = field(default_factory=list)
     open: int = 0
     due: bool = False
     counts: bool = False  # whether some micro-batch of this window was not frozen
@@ -178,7 +177,7 @@ class Model:
         if "moments" in self.method.needs and self.attached:
             self.state = self.method.widen(self.state, WIDTH)
 
-    def arrives(self, block: Block) -> None:
+    def arrives(self, block: MicroBatch) -> None:
         """A block's backward; it may come too late."""
         if block.window == self.window and block.branched:
             block.arrived = True
@@ -266,7 +265,7 @@ class Calls(RuleBasedStateMachine):
         self.options = {"lag": self.lag, "update_every": every, "update_after": after, "max_skipped_steps": LIMIT}
         self.weighter = self.new()
         self.model = Model(self.method, self.lag, every, after, *self.method.init(TASKS))
-        self.pending: tuple[Tensor, Block] | None = None
+        self.pending: tuple[Tensor, MicroBatch] | None = None
 
     def new(self) -> Weighter:
         heads = dict(model().heads)
@@ -310,14 +309,14 @@ class Calls(RuleBasedStateMachine):
         losses |= {task: losses[task] * torch.nan for task in request.zero}
         return {task: losses[task] for task in request.losses}
 
-    def recorded(self, request: Request, losses: dict[str, Tensor], parts: Tensor | None = None) -> Block:
+    def recorded(self, request: Request, losses: dict[str, Tensor], parts: Tensor | None = None) -> MicroBatch:
         """What `combine` leaves in the model."""
         self.model.open += 1
         self.model.due = self.sync
         self.model.counts |= self.model.unfrozen and not request.freeze
         there = torch.tensor([task in request.present for task in TASKS])
         sign = torch.tensor([-1.0 if request.fault == ("negative", task) else 1.0 for task in TASKS]).double()
-        block = Block(
+        block = MicroBatch(
             {task: losses[task].item() for task in request.present},
             request.items if request.counted else None,
             (gram(request.batch) if parts is None else parts) * torch.outer(sign, sign) * torch.outer(there, there),

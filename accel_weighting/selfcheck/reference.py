@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from . import CoVWeighting, GradNorm, Method, RotoGrad, Statistics, Weighter
-from .processes import Processes
+from accel_weighting import CoVWeighting, GradNorm, Method, RotoGrad, Statistics, Weighter
+from accel_weighting.processes import Processes
 
 TASKS = ("small", "middle", "large")
 SCALES = dict(zip(TASKS, (0.3, 1.0, 3.0), strict=True))
@@ -139,22 +140,29 @@ def by_hand(method: Any, net: Net, steps: int, rows: int) -> Trajectory:
         z, aliases, outputs = forward(x)
         losses = torch.stack(list(losses_of(outputs, x).values()))
         on_losses = method.acts_on == "losses"
-        (losses @ (w if on_losses else torch.ones_like(w))).backward()
+        weights = as_tensor(w)
+        (losses @ (weights if on_losses else torch.ones_like(weights))).backward()
         G = torch.stack([alias.grad for alias in aliases])  # type: ignore[misc]
-        G = G / w[:, None, None] if on_losses else G
-        z.backward(torch.einsum("k,knd->nd", w, G))
+        G = G / weights[:, None, None] if on_losses else G
+        z.backward(torch.einsum("k,knd->nd", weights, G))
         with torch.no_grad():
             for p in net.parameters():
                 p.sub_(p.grad, alpha=LR)  # type: ignore[arg-type]
                 p.grad = None
         gram, S = torch.einsum("knd,jnd->kj", G, G), G[i].mT @ G[j]
         moments = (S - S.mT)[:, upper[0], upper[1]] if rotates else None
-        everyone = torch.ones(K, dtype=torch.bool)
-        s = Statistics(losses.detach(), everyone, gram.diagonal().sqrt(), gram, moments, step=step)
+        host: dict[str, Any] = {"losses": losses.detach(), "present": torch.ones(K, dtype=torch.bool)}
+        host |= {"norms": gram.diagonal().sqrt(), "gram": gram}
+        s = Statistics(**host, moments=moments, step=step)
         w, state = method.update(state, s)
-        seen.append((s.losses, gram, w))
+        seen.append((losses.detach(), gram, as_tensor(w)))
     after = answers(lambda x: forward(x)[2], rows)
     return Trajectory.of(seen, state.get("rotations"), after - before)
+
+
+def as_tensor(x: Any) -> Tensor:
+    """A copy of a method's numbers, which are an array or a tensor (once they are arrays alone: `torch.tensor(x)`)."""
+    return torch.tensor(np.asarray(x))
 
 
 @torch.no_grad()
@@ -254,7 +262,7 @@ def under_the_engine(setting: Setting, method: Method, net: Net, steps: int) -> 
         if s is None:
             raise RuntimeError("A loss or a gradient was not finite, so that the weights were held.")
         weights = torch.tensor(list(weighter.weights.values()), dtype=torch.float64)
-        seen.append((s.losses, torch.zeros(0) if s.gram is None else s.gram, weights))
+        seen.append((as_tensor(s.losses), torch.zeros(0) if s.gram is None else as_tensor(s.gram), weights))
     rotations = torch.stack(list(weighter.rotations.values())) if "moments" in method.needs else None
     after = answers(lambda x: setting.ask(model, x), rows)
     weighter.detach()

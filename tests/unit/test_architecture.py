@@ -11,9 +11,10 @@ import pytest
 import accel_weighting
 
 PACKAGE = Path(accel_weighting.__file__).parent
+TESTS = Path(__file__).parents[1]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# module → what it may import of this package; imports run one way
+# module or subpackage → what it may import of this package; imports run one way
 MAY = {
     "statistics": set(),
     "methods": {"statistics", "methods"},
@@ -28,10 +29,17 @@ MAY = {
     "processes": {"checks", "window"},
     "weighter": {"branch", "checks", "fold", "modules", "processes", "progress", "statistics", "window"},
     "integrations": {"statistics", "checks", "weighter", "integrations"},
-    "engines": set(),
-    "trial": {"__init__", "processes"},
-    "selfcheck": {"__init__", "engines", "processes", "trial"},
+    "selfcheck": {"__init__", "processes", "selfcheck"},
     "__init__": {"methods", "plot", "statistics", "weighter"},
+}
+
+# the same inside of the self-check
+IN_SELFCHECK = {
+    "__init__": set(),
+    "cpu": set(),
+    "reference": set(),
+    "report": {"reference"},
+    "__main__": {"__init__", "cpu", "reference", "report"},
 }
 
 
@@ -65,10 +73,17 @@ def test_imports_run_one_way(path: Path) -> None:
     ours = {"__init__" if name in (*accel_weighting.__all__, "__version__") else name for name in ours} - {unit(path)}
     assert ours <= MAY[unit(path)], f"{path.name} must not import {ours - MAY[unit(path)]}"
     outside = {name for name in names if not name.startswith("accel_weighting")}
-    assert unit(path) in ("processes", "selfcheck") or not any(n.startswith("torch.distributed") for n in outside)
-    allowed = ("weighter", "processes", "engines", "trial", "selfcheck", "integrations")
+    assert unit(path) == "processes" or not any(n.startswith("torch.distributed") for n in outside)
+    allowed = ("weighter", "processes", "selfcheck", "integrations")
     assert unit(path) in allowed or not any(n.split(".")[0] == "accelerate" for n in outside)
     assert not any(n.startswith("torch.autograd") for n in outside) or unit(path) == "branch"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if unit(p) == "selfcheck"], ids=lambda path: path.stem)
+def test_imports_inside_the_selfcheck_run_one_way(path: Path) -> None:
+    names = [name.split(".")[2] for name in imported(path) if name.startswith("accel_weighting.selfcheck.")]
+    modules = {name if (PACKAGE / "selfcheck" / f"{name}.py").exists() else "__init__" for name in names}
+    assert modules <= IN_SELFCHECK[path.stem]
 
 
 def test_the_core_imports_with_the_core_dependencies_alone() -> None:
@@ -126,23 +141,17 @@ def test_public_names() -> None:
     )
 
 
-def rows_of(name: str) -> set[int]:
-    """Which rows of the table of faults a test shows: `test_row_12_…`, `test_rows_7_8_and_9_…`."""
-    found = re.match(r"test_(?:row_(\d+)|rows_((?:\d+_)+and_\d+))(?:_|$)", name)
-    return set(map(int, re.findall(r"\d+", found[0]))) if found else set()
-
-
-def test_every_row_of_the_table_of_faults_has_a_test() -> None:
-    assert rows_of("test_row_17_a_weight_changed_by_1e_9") == {17}
-    assert rows_of("test_rows_7_8_and_9_bad_losses") == {7, 8, 9}
-    names = {
-        node.name
-        for path in Path(__file__).parents[1].rglob("test_*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef)
-    }
-    assert not {name for name in names if name.startswith("test_row") and not rows_of(name)}
-    assert set().union(*map(rows_of, names)) == set(range(1, 36))
+def test_every_failure_of_the_readme_is_shown_by_tests_that_exist() -> None:
+    """The table in tests/README.md has 35 rows; each names one of four outcomes, and tests that are there."""
+    rows = re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \| (.+?) \|$", (TESTS / "README.md").read_text(), re.M)
+    assert [int(number) for number, *_ in rows] == list(range(1, 36))
+    for number, _, outcome, shown_by in rows:
+        kinds = re.findall(r"\*\*(.+?)\*\*", outcome)
+        assert kinds and set(kinds) <= {"held", "error on all", "error on this process", "fine"}, number
+        tests = re.findall(r"`([\w/]+\.py)::(test_\w+)`", shown_by)
+        assert tests and len(tests) == shown_by.count("::"), number
+        for file, name in tests:
+            assert re.search(rf"^def {name}\(", (TESTS / file).read_text(), re.M), f"{number}: {file}::{name}"
 
 
 def test_every_public_name_has_a_docstring() -> None:

@@ -29,18 +29,32 @@ def accelerator_on_cpu(timeout: timedelta | None = None, **kwargs: Any) -> Accel
         timeout: For how long a collective waits for a process that is lost; None: torch's half an hour.
         kwargs: The Accelerator's own.
     """
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # FSDP1 tells "cpu" from "cpu:0"
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_TORCH_DEVICE": "cpu"}
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # and not cpu=True, which would turn DeepSpeed off
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo serves, and nothing has to be compiled
+        allow_deepspeed_on_cpu()  # and not cpu=True, which would turn DeepSpeed off
         return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo", timeout=timeout)], **kwargs)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = os.environ["FSDP_SYNC_MODULE_STATES"] = "false"
-        # Accelerate offers FSDP to accelerators only. This type is its one gate; the device stays the CPU.
-        PartialState(cpu=True, timeout=timeout)
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        allow_sharding_on_cpu(timeout)
         return Accelerator(**kwargs)
     return Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)], **kwargs)
+
+
+def allow_deepspeed_on_cpu() -> None:
+    """Makes DeepSpeed, imported from here on, work on the CPU over gloo, with nothing to be compiled first."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    import deepspeed
+
+    # Else it compiles a C++ operator first, under a lock that outlives a process that is killed meanwhile.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def allow_sharding_on_cpu(timeout: timedelta | None = None) -> None:
+    """Opens FSDP and device meshes for the Accelerator that is made next, which Accelerate offers to GPUs only.
+
+    Args:
+        timeout: As in :func:`accelerator_on_cpu`.
+    """
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # FSDP1 tells "cpu" from "cpu:0"
+    PartialState(cpu=True, timeout=timeout)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # the one gate; the device stays the CPU

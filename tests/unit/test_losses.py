@@ -1,0 +1,78 @@
+"""What happens to losses on their way to a method: caps, precision, tasks that are not there."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from accel_weighting import CoVWeighting, EqualWeighting, Statistics, Weighter
+from accel_weighting.methods.mgda import MGDA
+from tests.small import EXACT, GRADNORM, gradients_by_hand, losses_of, net, weighter_and_model
+
+
+def test_statistics_are_the_contract():
+    weighter, model = weighter_and_model()
+    weighter.backward(losses_of(model))
+    s = weighter.statistics
+    assert isinstance(s, Statistics) and s.micro_batches == 1 and s.step == 0 and s.present.dtype == torch.bool
+    assert all(t.dtype == torch.float64 and t.device.type == "cpu" for t in (s.losses, s.norms, s.gram))
+    assert s.gram.shape == (2, 2) and torch.equal(s.gram, s.gram.T)
+
+
+# ---- caps and precision --------------------------------------------------------------------------------------------
+
+
+def test_a_loss_above_its_cap_is_scaled_down_and_measured_as_it_was():
+    w = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
+    weighter = Weighter(EqualWeighting(), ["a", "b"], max_losses={"a": 1.0})
+    z = weighter.branch(w * 1)
+    total = weighter.backward({"a": z["a"].square().sum(), "b": z["b"].sum()})  # 25, and 7
+    torch.testing.assert_close(w.grad, torch.tensor([6.0, 8.0]).double() / 25 + 1, **EXACT)
+    assert total.item() == pytest.approx(1 + 7)
+    assert weighter.statistics.losses.tolist() == [25, 7]
+    torch.testing.assert_close(weighter.statistics.norms, torch.tensor([100.0, 2.0]).double().sqrt(), **EXACT)
+    with torch.no_grad():
+        assert weighter.combine({"a": w.square().sum(), "b": w.sum()}).item() == pytest.approx(8)
+
+
+def test_a_loss_below_its_cap_is_left_alone():
+    w = torch.tensor([0.3, 0.4], dtype=torch.float64, requires_grad=True)
+    weighter = Weighter(EqualWeighting(), ["a"], max_losses={"a": 1.0})
+    weighter.backward([w.square().sum()])
+    torch.testing.assert_close(w.grad, 2 * w.detach(), **EXACT)
+
+
+def test_the_total_keeps_its_precision_under_autocast():
+    weighter = Weighter(EqualWeighting(), ["a", "b"], initial_weights={"a": 1.001, "b": 1.003})
+    w = torch.tensor(1.2345, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = weighter.backward([w * 1, w * 2])
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(w.grad, torch.tensor(1.001 + 2 * 1.003), rtol=1e-6, atol=0)
+
+
+# ---- tasks that are not there --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [GRADNORM, MGDA(), CoVWeighting()], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_count_of_zero_makes_a_loss_that_is_not_finite_harmless(method, bad):
+    weighter, model = weighter_and_model(method)
+    losses = losses_of(model)
+    weighter.backward({**losses, "seg": losses["seg"] * bad}, num_items={"seg": 0})
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+        assert bool(p.grad.eq(0).all()) == name.startswith("heads.seg"), name
+    assert weighter.statistics.present.tolist() == [True, False]
+    assert weighter.statistics.losses.isfinite().all() and weighter.statistics.norms.isfinite().all()
+    assert all(math.isfinite(value) for value in weighter.log_values().values())
+    G = gradients_by_hand(net())
+    torch.testing.assert_close(weighter.statistics.norms, torch.stack([G[0].norm(), torch.tensor(0.0)]).double())
+
+
+def test_a_task_left_out_gets_no_gradient_at_all():
+    weighter, model = weighter_and_model()
+    weighter.backward({"depth": losses_of(model)["depth"]})
+    assert all(p.grad is None for p in model.heads["seg"].parameters())
