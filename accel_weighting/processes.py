@@ -57,7 +57,7 @@ def left_waiting(error: BaseException) -> bool:
     return any(words in str(error) for words in LEFT)
 
 
-def _fingerprint(x: Tensor) -> Tensor:
+def fingerprint(x: Tensor) -> Tensor:
     """Two small integers, int64 ``[2]``, that any single flipped bit of ``x`` changes; computed where x is."""
     bits = x.contiguous().view(torch.int32).sum(dtype=torch.int64)  # 32 bits each: two pieces hold 40
     mask = (1 << BITS) - 1
@@ -187,8 +187,8 @@ class Processes:
         first, last = len(known), 0
         pieces = [to_device(torch.tensor([*known, *numbers], dtype=torch.float64), device), *parts]
         if large is not None:
-            fingerprint = _fingerprint(large).to(device)
-            pieces.append(torch.cat([fingerprint, fingerprint * fingerprint]).double())
+            bits = fingerprint(large).to(device)
+            pieces.append(torch.cat([bits, bits * bits]).double())
             last = len(pieces[-1])
         vector = torch.cat(pieces)
         try:
