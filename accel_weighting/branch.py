@@ -1,20 +1,17 @@
 """The branch point: one alias of the shared representation per task, whose gradients arrive apart in the one backward.
 
-The only place that knows autograd. In a forward the shared representation ``z`` is divided into one alias per task (a
-view, no copy). In the one backward every task's gradient arrives at its own alias; where they come together, the
-*join*, they are measured, and their sum goes on to the trunk. What arrives at the vector of losses in the same
-backward, ``c = weight · loss scale / accumulation``, tells by how much the gradients were multiplied on the way.
+In a forward the shared representation ``z`` (one tensor, or several) is divided into one alias per task, a view without
+a copy. In the one backward every task's gradient arrives at its own alias; where they come together, at the join, they
+are measured, and their sum goes on to the trunk. What arrives at the vector of losses in the same backward,
+``c = weight · loss scale / accumulation``, tells by how much the gradients were multiplied on the way.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import itertools
-import re
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -23,141 +20,11 @@ from torch.autograd import Variable
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from . import checks, measure
+from . import errors, measure
+from .heads import Call, Heads
+from .join import Gradients, Join, has_history, register, same
 from .rotations import Rotations
 from .window import MicroBatch
-
-_BRANCHES: weakref.WeakValueDictionary[int, Branch] = weakref.WeakValueDictionary()
-_KEYS = itertools.count()
-
-
-# ---- the join ----------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op(
-    "accel_weighting::collect",
-    mutates_args=(),
-    schema="(Tensor?[] gradients, Tensor? inputs, Tensor? mask, int key) -> Tensor",
-)
-def _collect(gradients: list[Tensor | None], inputs: Tensor | None, mask: Tensor | None, key: int) -> Tensor:
-    """``_collect_eagerly`` for the compiler: opaque, so that it sees no side effect and breaks no graph."""
-    return _collect_eagerly(gradients, inputs, mask, key)
-
-
-@_collect.register_fake
-def _(gradients: list[Tensor | None], inputs: Tensor | None, mask: Tensor | None, key: int) -> Tensor:
-    return torch.empty_like(next(g for g in gradients if g is not None))
-
-
-def _collect_eagerly(
-    gradients: Sequence[Tensor | None], inputs: Tensor | None, mask: Tensor | None, key: int
-) -> Tensor:
-    """The gradients of one join: they are measured where a micro-batch's backward runs, and summed."""
-    branch = _BRANCHES.get(key)
-    arrived = [g for g in gradients if g is not None]
-    with _without_autocast(arrived[0].device.type):
-        total = None if branch is None else branch.collect(gradients, inputs, mask)
-        return measure.weighted_sum(arrived) if total is None else total
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
-@torch.library.custom_op("accel_weighting::rotation", mutates_args=(), schema="(Tensor z, int key, int k) -> Tensor")
-def _rotation(z: Tensor, key: int, k: int) -> Tensor:
-    """A copy of R_k. Opaque too, since the method moves the rotations at the first use after a step."""
-    rotations = _BRANCHES[key].rotations
-    assert rotations is not None
-    return rotations.matrices(z)[k].clone()
-
-
-@_rotation.register_fake
-def _(z: Tensor, key: int, k: int) -> Tensor:
-    rotations = _BRANCHES[key].rotations
-    assert rotations is not None
-    m = rotations.size or z.shape[rotations.dim]
-    return z.new_empty(m, m, dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
-
-
-class _Join(torch.autograd.Function):
-    """``z`` to one alias per task; in the backward all their gradients come together."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, inputs: Tensor | None, mask: Tensor | None, key: int, tasks: int
-    ) -> tuple[Tensor, ...]:
-        ctx.key = key
-        ctx.set_materialize_grads(False)
-        ctx.saves = inputs is not None or mask is not None
-        if ctx.saves:  # saved tensors, even None, forbid a second pass that the heads alone would allow
-            ctx.save_for_backward(inputs, mask)
-        return tuple(z.view_as(z) for _ in range(tasks))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        if all(g is None for g in gradients):
-            return (None,) * 5
-        inputs, mask = ctx.saved_tensors if ctx.saves else (None, None)
-        if torch.compiler.is_compiling():
-            total = torch.ops.accel_weighting.collect(list(gradients), inputs, mask, ctx.key)
-        else:
-            total = _collect_eagerly(gradients, inputs, mask, ctx.key)
-        return total, None, None, None, None
-
-
-class _ZeroWithGraph(torch.autograd.Function):
-    """A zero that sends zeros back, whatever the values: keeps a head in the graph when its task has no samples."""
-
-    @staticmethod
-    def forward(ctx: Any, *outputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*outputs)
-        return outputs[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.zeros_like(output) for output in ctx.saved_tensors)
-
-
-def zero_with_graph(outputs: Sequence[Tensor]) -> Tensor:
-    """A scalar 0 that depends on ``outputs``, each of which gets a gradient of zeros."""
-    zero: Tensor = _ZeroWithGraph.apply(*outputs)  # type: ignore[no-untyped-call]
-    return zero
-
-
-# ---- which tensors are one ---------------------------------------------------------------------------------------
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one: the same object, or views that name the same entries of it.
-
-    Equal memory is not enough: a gradient reversal, or a tensor hook, changes nothing forward and all backward.
-    """
-    if a is b:
-        return True
-    if torch.compiler.is_compiling() or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-        return False
-    if a.grad_fn is None or b.grad_fn is None:
-        return False  # detached from each other: heads that are recomputed one by one in the backward
-    if a._backward_hooks or b._backward_hooks:
-        return False
-    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and _viewed(a) == _viewed(b)
-
-
-VIEWS = re.compile(
-    "(Alias|AsStrided|Permute|ReshapeAlias|Select|Slice|Squeeze|T|Transpose|UnsafeView|Unsqueeze|View)Backward[01]"
-)
-"""Autograd's nodes that pass a gradient on as it is."""
-
-
-def _viewed(x: Tensor) -> tuple[Any, int]:
-    """Which output of which node ``x`` is, or is a view of."""
-    node, output = x.grad_fn, x.output_nr
-    while node is not None and VIEWS.fullmatch(node.name()):
-        node, output = node.next_functions[0]
-    return node, output
 
 
 def _graph_task() -> int:
@@ -165,14 +32,22 @@ def _graph_task() -> int:
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
+def _in_transform() -> bool:
+    """Whether a ``torch.func`` transform (vmap, grad, jacrev, jvp, …) is running."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 @dataclass
 class _Forward:
-    """The join that the heads of one forward share."""
+    """The tensors that the heads of one forward share, each with its aliases."""
 
-    z: Tensor
-    aliases: tuple[Tensor, ...]
     graph_task: int
+    joined: list[tuple[Tensor, Sequence[Tensor]]] = field(default_factory=list)
     taken: set[int] = field(default_factory=set)
+
+    def aliases(self, z: Tensor) -> Sequence[Tensor] | None:
+        """Those of ``z``, or of the tensor that it is a view of; None if it is not known yet."""
+        return next((aliases for known, aliases in self.joined if same(known, z)), None)
 
 
 class _Pass:
@@ -191,104 +66,125 @@ class Branch:
 
     Args:
         tasks: Task names.
-        find_heads: Gives the heads' modules in task order; None where the model calls ``branch`` itself. It is asked
-            again when the hooks move, since an engine may have replaced a module.
-        find_shared_layer: Likewise the ``nn.Linear`` whose output is the branch point, or None.
+        heads: The heads; None where the model calls ``branch`` itself.
+        find_shared_layer: Gives the layer whose output is the branch point, or None.
         rotations: The heads' rotations, or None.
+        passes: Whether z passes as it is, undivided, since nothing is measured or weighed there.
+        needs_gradients: Whether the method needs what is measured here.
+        warn_once: Says something the first time.
 
     Attributes:
-        frozen_trunk: Whether z came without a graph.
+        called: Tasks whose head was called in this forward.
+        fed: Tasks whose head, or alias, had a history to send gradients back to.
     """
 
     def __init__(
         self,
         tasks: Sequence[str],
-        find_heads: Callable[[], Sequence[nn.Module]] | None = None,
+        heads: Heads | None = None,
         find_shared_layer: Callable[[], nn.Linear] | None = None,
         rotations: Rotations | None = None,
+        passes: Callable[[], bool] = lambda: False,
+        needs_gradients: bool = True,
+        warn_once: Callable[[str, str], None] = lambda about, message: None,
     ) -> None:
         self.tasks = tuple(tasks)
-        self.frozen_trunk = False
-        self.find_heads = find_heads
-        self._find_shared_layer = find_shared_layer
+        self.heads = heads
         self.rotations = rotations
+        self.called: set[int] = set()
+        self.fed: set[int] = set()
+        self._find_shared_layer = find_shared_layer
+        self._passes, self._needs_gradients, self._warn_once = passes, needs_gradients, warn_once
         self._pass: weakref.ref[_Pass] | None = None
         self._forward: _Forward | None = None
         self._layer: tuple[Tensor, Tensor] | None = None
         self._outputs: dict[int, Any] = {}
         self._handles: list[RemovableHandle] = []
-        self._key = next(_KEYS)
-        _BRANCHES[self._key] = self
+        self._key = register(self)
 
     def __deepcopy__(self, memo: Any) -> Branch:
         """Returns self: a copied model (an average, a teacher) keeps using this branch and its current rotations."""
         return self
 
-    def __reduce__(self) -> Any:
-        raise checks.hooks_are_not_pickled()
-
-    @property
-    def heads(self) -> Sequence[nn.Module]:
-        """The heads' modules in task order; none where the model calls ``branch`` itself."""
-        return () if self.find_heads is None else self.find_heads()
-
     # ---- hooks -------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Hooks the heads, in front of whatever an engine hooked there.
-
-        Engines hand every head an alias of z of its own (FSDP2 and ZeRO-3 in forward pre-hooks); only a hook that runs
-        before theirs sees that the heads share one z.
-        """
+        """Hooks the heads and the shared layer."""
         self.detach()
         if self._find_shared_layer is not None:
             self._handles.append(self._find_shared_layer().register_forward_hook(self._after_layer))
-        for k, head in enumerate(self.heads):
-            self._handles += (
-                head.register_forward_pre_hook(functools.partial(self._before_head, k), prepend=True, with_kwargs=True),
-                head.register_forward_hook(functools.partial(self._after_head, k)),
-            )
+        if self.heads is not None:
+            self.heads.attach(self)
+            self.heads.before_every_forward(self.follow)
 
-    def attach_again_at_first_forward(self) -> None:
-        """For a model that is not prepared yet: the hooks move to the front once the engine's are there."""
-        branch = weakref.ref(self)
-
-        def first_forward(module: nn.Module, args: Any) -> None:
-            if torch.compiler.is_compiling():
-                return
-            handle.remove()
-            if (alive := branch()) is not None and handle in alive._handles:
-                alive.attach()
-
-        handle = nn.modules.module.register_module_forward_pre_hook(first_forward)
-        self._handles.append(handle)
+    def follow(self) -> list[str]:
+        """Hooks the heads anew where one is no longer the module that was hooked; the tasks of which that is true."""
+        moved = [] if self.heads is None else self.heads.moved()
+        if moved and self.heads is not None:
+            self.attach()
+            self._warn_once("moved", errors.heads_moved(moved))
+        return moved
 
     def detach(self) -> None:
         """Removes every hook."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self.heads is not None:
+            self.heads.detach()
         self.forget()
 
     def forget(self) -> None:
         """Drops what the last forward left: the open join and the heads' outputs."""
         self._forward = self._layer = None
         self._outputs.clear()
+        self.called, self.fed = set(), set()
 
-    def _before_head(
-        self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        for i, value in enumerate(args):
-            if isinstance(value, Tensor) and value.is_floating_point():
-                return (*args[:i], self._alias(value, k), *args[i + 1 :]), kwargs
-        for name, value in kwargs.items():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                return args, {**kwargs, name: self._alias(value, k)}
-        raise checks.head_without_input(self.tasks[k])
+    def before_head(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Head ``k`` is called: with its own aliases in place of what it shares with the others."""
+        if not torch.compiler.is_compiling():
+            self.called.add(k)
+        assert self.heads is not None
+        if len(args) == 1 and not kwargs and self.heads.arguments[k] is None and isinstance(args[0], Tensor):
+            if not _can_be_shared(args[0]):
+                raise errors.head_without_input(self.tasks[k])
+            return (self._alias([args[0]], k)[0],), kwargs
+        shared = self._shared(k, module, args, kwargs)
+        if not shared:
+            if not any(_can_be_shared(x) for x in _tensors((args, kwargs))):
+                raise errors.head_without_input(self.tasks[k])
+            return args, kwargs
+        aliases = dict(zip(map(id, shared), self._alias(shared, k), strict=True))
+        call: Call = _mapped((args, kwargs), lambda x: aliases.get(id(x), x))
+        return call
 
-    def _after_head(self, k: int, module: nn.Module, args: Any, output: Any) -> None:
+    def copied_head(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The head of a copied model: rotated as the original, and no more."""
+        if self.rotations is None:
+            return args, kwargs
+        shared = self._shared(k, module, args, kwargs)
+        return _mapped((args, kwargs), lambda x: self._rotated(x, k) if any(x is z for z in shared) else x)  # type: ignore[no-any-return]
+
+    def after_head(self, k: int, output: Any) -> None:
+        """What head ``k`` gave, for the path of zeros of a task without samples."""
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._outputs[k] = output
+
+    def _shared(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The tensors that head ``k`` shares with others: those with a history that it is called with, each once.
+
+        Where its argument was named, those in it. Without gradients, where no history tells, the first that is
+        floating-point.
+        """
+        assert self.heads is not None
+        name = self.heads.arguments[k]
+        given = (args, kwargs) if name is None else _argument(name, self.tasks[k], module, args, kwargs)
+        found = [x for x in _tensors(given) if _can_be_shared(x)]
+        if self.rotations is not None and name is None and not torch.is_grad_enabled():
+            return found[:1]
+        if torch.is_grad_enabled():
+            found = [x for x in found if has_history(x)] or [x for x in found if x.requires_grad][:1]
+        return list({id(x): x for x in found}.values())
 
     def _after_layer(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if torch.is_grad_enabled():
@@ -296,10 +192,24 @@ class Branch:
 
     # ---- forward -----------------------------------------------------------------------------------------------
 
-    def __call__(self, z: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """One alias of ``z`` per task, rotated where the method rotates; rows outside of ``mask`` are not measured."""
-        aliases = enumerate(zip(self.tasks, self._join(z, mask), strict=True))
-        return {task: self._rotated(alias, k) for k, (task, alias) in aliases}
+    def __call__(self, z: Any, mask: Tensor | None = None) -> dict[str, Any]:
+        """One alias of ``z`` per task, rotated where the method rotates; rows outside of ``mask`` are not measured.
+
+        ``z`` is a tensor, or a list, tuple, dictionary or dataclass of tensors; so is what every task gets.
+        """
+        if isinstance(z, Tensor):
+            aliases = enumerate(zip(self.tasks, self._join([z], mask)[0], strict=True))
+            return {task: self._rotated(alias, k) for k, (task, alias) in aliases}
+        zs = [x for x in _tensors(z) if _can_be_shared(x)]
+        if not zs:
+            raise errors.branch_without_tensor(z)
+        if self.rotations is not None and len(zs) > 1:
+            raise errors.several_tensors_rotated("branch")
+        joined = dict(zip(map(id, zs), self._join(zs, mask), strict=True))
+        return {
+            task: _mapped(z, lambda x, k=k: self._rotated(joined[id(x)][k], k) if id(x) in joined else x)
+            for k, task in enumerate(self.tasks)
+        }
 
     def _rotated(self, z: Tensor, k: int) -> Tensor:
         if self.rotations is None:
@@ -312,37 +222,52 @@ class Branch:
 
     def head_outputs(self, k: int) -> list[Tensor]:
         """What head ``k`` gave in the last forward, tensors with a graph only."""
-        return [o for o in _leaves(self._outputs.get(k)) if isinstance(o, Tensor) and o.requires_grad]
+        return [o for o in _tensors(self._outputs.get(k)) if o.requires_grad]
 
-    def _join(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        if not torch.is_grad_enabled():
-            return (z,) * len(self.tasks)
-        if not z.requires_grad:
-            self.frozen_trunk = True
-            return (z,) * len(self.tasks)
-        self.frozen_trunk = False
+    def _join(self, zs: Sequence[Tensor], mask: Tensor | None = None) -> list[Sequence[Tensor]]:
+        """For every tensor one alias per task."""
+        K = len(self.tasks)
+        undivided: list[Sequence[Tensor]] = [(z,) * K for z in zs]
+        if not torch.is_grad_enabled() or _in_transform() or not (torch.compiler.is_compiling() or not self._passes()):
+            return undivided
+        with_graph = [z for z in zs if z.requires_grad]
+        if not with_graph:
+            return undivided
+        self.fed.update(range(K)) if self.heads is None and not torch.compiler.is_compiling() else None
         inputs = None
         if self._find_shared_layer is not None:
-            if self._layer is None or not _same(self._layer[1], z):
-                raise checks.shared_layer_is_not_the_branch()
+            if self._layer is None or len(zs) > 1 or not same(self._layer[1], zs[0]):
+                raise errors.shared_layer_is_not_the_branch()
             inputs, self._layer = self._layer[0], None
         elif self.rotations is not None and self.rotations.cooperative:
-            inputs = z.detach()
-        aliases: tuple[Tensor, ...]
-        aliases = _Join.apply(z, inputs, mask, self._key, len(self.tasks))  # type: ignore[no-untyped-call]
-        return aliases
+            inputs = zs[0].detach()
+        flat: tuple[Tensor, ...]
+        flat = Join.apply(inputs, mask, self._key, K, *with_graph)  # type: ignore[no-untyped-call]
+        aliases = {id(z): flat[t * K : (t + 1) * K] for t, z in enumerate(with_graph)}
+        return [aliases.get(id(z), whole) for z, whole in zip(zs, undivided, strict=True)]
 
-    def _alias(self, z: Tensor, k: int) -> Tensor:
-        if not torch.is_grad_enabled():
-            return self._rotated(z, k)
-        graph_task = _graph_task()
-        forward = self._forward
-        if forward is None or forward.graph_task != graph_task or not _same(forward.z, z):
-            self._forward = forward = _Forward(z, self._join(z), graph_task)
+    def _alias(self, zs: Sequence[Tensor], k: int) -> list[Tensor]:
+        """Head ``k``'s own alias of each tensor, from one join for all that are not divided yet."""
+        if self.rotations is not None and len(zs) > 1:
+            raise errors.several_tensors_rotated(self.tasks[k])
+        if not torch.is_grad_enabled() or _in_transform():
+            return [self._rotated(z, k) for z in zs]
+        if not torch.compiler.is_compiling() and any(z.requires_grad for z in zs):
+            self.fed.add(k)
+        graph_task, forward = _graph_task(), self._forward
+        if forward is None or forward.graph_task != graph_task:
+            forward = _Forward(graph_task)
+        missing = [z for z in zs if forward.aliases(z) is None]
+        if missing and k in forward.taken:  # its head again, on something new: the next forward
+            forward, missing = _Forward(graph_task), list(zs)
+        missing = [z for i, z in enumerate(missing) if not any(same(z, other) for other in missing[:i])]
+        if missing:
+            forward.joined += zip(missing, self._join(missing), strict=True)
         forward.taken.add(k)
+        self._forward = forward
         if len(forward.taken) == len(self.tasks) and torch.compiler.is_compiling():
             self._forward = None  # what is left behind would be a second graph
-        return self._rotated(forward.aliases[k], k)
+        return [self._rotated(aliases[k], k) for z in zs if (aliases := forward.aliases(z)) is not None]
 
     # ---- backward ----------------------------------------------------------------------------------------------
 
@@ -373,36 +298,63 @@ class Branch:
         running = None if self._pass is None else self._pass()
         return None if running is None else running.micro_batch
 
-    def collect(self, gradients: Sequence[Tensor | None], inputs: Tensor | None, mask: Tensor | None) -> Tensor | None:
-        """Measures the gradients of one join; their weighted sum where weights act on the shared path, else None."""
+    @property
+    def is_active(self) -> bool:
+        """Whether a micro-batch's backward runs."""
+        return self._active is not None
+
+    def notice_derivative(self) -> None:
+        """The running backward is that of a gradient which passed the join: a part of it reaches the trunk elsewhere.
+
+        Raises:
+            RuntimeError: The method needs the gradients at the join.
+        """
+        micro_batch = self._active
+        if micro_batch is None:
+            return
+        if self._needs_gradients:
+            raise errors.loss_on_derivatives()
+        micro_batch.window.derivatives = True
+
+    def collect(self, rows: Sequence[Gradients], inputs: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """Measures the gradients of one join.
+
+        Args:
+            rows: For every tensor one gradient per task, None where none came.
+            inputs: Of the shared layer, or z, where the measurement needs it.
+            mask: Which samples count.
+
+        Returns:
+            The weights of the sum that goes on to the trunk, ``[K]``; None: 1 each.
+        """
         micro_batch = self._active
         if micro_batch is None:
             return None
-        some = next(g for g in gradients if g is not None)
-        arrived = frozenset(k for k, g in enumerate(gradients) if g is not None) & micro_batch.present
+        some = next(g for tensor in rows for g in tensor if g is not None)
+        came = frozenset(k for tensor in rows for k, g in enumerate(tensor) if g is not None)
+        arrived = came & micro_batch.present
         if micro_batch.decide is not None and micro_batch.collected:
-            raise checks.second_join_of_a_step()
+            raise errors.second_join_of_a_step()
         if arrived or not micro_batch.present:
-            micro_batch.collected.append(((some.shape,), arrived))
+            firsts = (next((g for g in tensor if g is not None), None) for tensor in rows)
+            micro_batch.collected.append((tuple(first.shape for first in firsts if first is not None), arrived))
         if micro_batch.record:
             micro_batch.window.arrived |= arrived
         if micro_batch.decide is not None and not micro_batch.present:
             # There is nothing to add, but the other processes wait for this one.
-            zeros = measure.wide(some.new_zeros(len(gradients), len(gradients)))
+            zeros = measure.wide(some.new_zeros(len(self.tasks), len(self.tasks)))
             micro_batch.shared_weights = micro_batch.decide(zeros, arrived)
         if arrived and (micro_batch.record or micro_batch.decide is not None):
-            rows = [g if k in arrived else None for k, g in enumerate(gradients)]
-            self._measure(micro_batch, arrived, rows, inputs, mask)
-        if micro_batch.shared_weights is None:
-            return None
-        weights = [w for w, g in zip(micro_batch.shared_weights, gradients, strict=True) if g is not None]
-        return measure.weighted_sum([g for g in gradients if g is not None], torch.stack(weights))
+            with torch.no_grad():
+                here = [[g if k in arrived else None for k, g in enumerate(tensor)] for tensor in rows]
+                self._measure(micro_batch, arrived, here, inputs, mask)
+        return micro_batch.shared_weights
 
     def _measure(
         self,
         micro_batch: MicroBatch,
         arrived: frozenset[int],
-        rows: Sequence[Tensor | None],
+        rows: Sequence[measure.Rows],
         inputs: Tensor | None,
         mask: Tensor | None,
     ) -> None:
@@ -413,10 +365,10 @@ class Branch:
             c = c * micro_batch.scale
         if mask is not None:
             dim = -1 if self.rotations is None else self.rotations.dim
-            rows = [None if g is None else g * mask.unsqueeze(dim) for g in rows]
+            rows = [[None if g is None else g * mask.unsqueeze(dim) for g in tensor] for tensor in rows]
         if self._find_shared_layer is not None:
             assert inputs is not None
-            window.add("gradients", measure.layer_gradients(rows, inputs) / c[:, None, None])
+            window.add("gradients", measure.layer_gradients(rows[0], inputs) / c[:, None, None])
             return
         gram = measure.gram(rows) / torch.outer(c, c)
         if micro_batch.decide is not None:
@@ -424,14 +376,46 @@ class Branch:
         if micro_batch.record:
             window.add("gradients", gram)
             if self.rotations is not None:
-                window.add("moments", self.rotations.cross_products(rows, c, inputs))
+                window.add("moments", self.rotations.cross_products(rows[0], c, inputs))
 
 
-def _leaves(output: Any) -> list[Any]:
-    """All that a module's output holds; tensors in plain dataclasses too."""
-    leaves = pytree.tree_leaves(output)
-    return [
-        part
-        for leaf in leaves
-        for part in (_leaves(vars(leaf)) if is_dataclass(leaf) and not isinstance(leaf, type) else [leaf])
-    ]
+# ---- structures of tensors ---------------------------------------------------------------------------------------
+
+
+def _can_be_shared(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def _tensors(structure: Any) -> list[Tensor]:
+    """All tensors in lists, tuples, dictionaries, dataclasses and what else torch knows to hold tensors."""
+    found = []
+    for leaf in pytree.tree_leaves(structure):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += _tensors(vars(leaf))
+    return found
+
+
+def _mapped(structure: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same structure with every tensor changed."""
+
+    def leaf(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return change(x)
+        if is_dataclass(x) and not isinstance(x, type) and _tensors(x):
+            return replace(x, **_mapped(dict(vars(x)), change))
+        return x
+
+    return pytree.tree_map(leaf, structure)
+
+
+def _argument(name: str, task: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The argument called ``name`` of a call of a head."""
+    if name in kwargs:
+        return kwargs[name]
+    parameters = list(inspect.signature(module.forward).parameters)
+    if name not in parameters:
+        raise errors.no_such_argument(task, name, parameters)
+    place = parameters.index(name)
+    return args[place] if place < len(args) else None

@@ -55,7 +55,7 @@ def rotating(method: Method) -> Any:
     """A method that rotates says how: see ``rotations.RotatingMethod``."""
     if not callable(getattr(method, "widen", None)):
         raise TypeError(
-            f"{method!r} names \"moments\" among its needs, and so must have `widen(state, width) -> state`, which adds "
+            f'{method!r} names "moments" among its needs, and so must have `widen(state, width) -> state`, which adds '
             'the rotations, a tensor [K, m, m], to the state as "rotations". See the docstring of `Method`.'
         )
     return method
@@ -109,11 +109,19 @@ def heads(given: Any, tasks: Sequence[str], model: nn.Module | None) -> None:
             f"Parameter `heads` must name a head for every task. Missing: {missing!r}. "
             "Where a task has no head of its own, call `weighter.branch(z)` in the model's forward instead."
         )
-    wrong = {task: type(head).__name__ for task, head in given.items() if not isinstance(head, (nn.Module, str))}
+    plain = {task: head[0] if _names_an_argument(head) else head for task, head in given.items()}
+    wrong = {task: type(head).__name__ for task, head in plain.items() if not isinstance(head, (nn.Module, str))}
     if wrong:
-        raise TypeError(f"Parameter `heads` must hold modules or dotted names. Found {wrong!r}.")
-    if model is None and (names := [head for head in given.values() if isinstance(head, str)]):
+        raise TypeError(
+            "Parameter `heads` must hold modules or dotted names, or one of them with the name of an argument: "
+            f'("decoder", "memory"). Found {wrong!r}.'
+        )
+    if model is None and (names := [head for head in plain.values() if isinstance(head, str)]):
         raise ValueError(f"Dotted names in `heads` are looked up in `model`, which was not given. Found {names!r}.")
+
+
+def _names_an_argument(head: Any) -> bool:
+    return isinstance(head, tuple) and len(head) == 2 and isinstance(head[1], str)
 
 
 def heads_are_distinct(found: Sequence[nn.Module], tasks: Sequence[str]) -> None:
@@ -128,16 +136,6 @@ def heads_are_distinct(found: Sequence[nn.Module], tasks: Sequence[str]) -> None
         )
 
 
-def modules_not_found(names: Sequence[str]) -> ValueError:
-    """Dotted names that lead nowhere."""
-    return ValueError(f"`model` has no submodule called {', '.join(map(repr, names))}. See `model.named_modules()`.")
-
-
-def layer_without_model(name: str) -> ValueError:
-    """A name and nothing to look it up in."""
-    return ValueError(f"The name `shared_layer = {name!r}` is looked up in `model`, which was not given.")
-
-
 def shared_layer(layer: Any) -> nn.Linear:
     """The shared layer is a Linear."""
     if not isinstance(layer, nn.Linear):
@@ -146,14 +144,6 @@ def shared_layer(layer: Any) -> nn.Linear:
             f"`model`). Found {type(layer).__name__}. Leave it out to take gradients at the shared representation."
         )
     return layer
-
-
-def unsupported_engine(kind: str, supported: Sequence[str]) -> NotImplementedError:
-    """An engine that does not run one plain backward."""
-    return NotImplementedError(
-        f"accel_weighting supports the distributed types {', '.join(supported)}. Found {kind}, whose backward does "
-        "not pass through `accelerator.backward` as one autograd pass."
-    )
 
 
 def uneven_inputs(accelerator: Any) -> None:
@@ -166,14 +156,6 @@ def uneven_inputs(accelerator: Any) -> None:
             "Uneven inputs are not supported: `even_batches=False` (of the accelerator, or in `join_uneven_inputs`) "
             "lets processes take different numbers of steps. Use `even_batches=True` or drop the last batch."
         )
-
-
-def several_processes_without_accelerator() -> ValueError:
-    """``accelerator=None`` under a launcher."""
-    return ValueError(
-        "Several processes run and neither `accelerator` nor `process_group` was given: each process would follow "
-        "its own weights. Pass the accelerator, or the process group to sum over."
-    )
 
 
 def warn_without_the_accelerator() -> None:
@@ -278,91 +260,6 @@ def every_loss_is_counted(losses: Iterable[str], counts: Mapping[str, float]) ->
         )
 
 
-def gradients_disabled() -> RuntimeError:
-    """``backward`` under no_grad."""
-    return RuntimeError(
-        "`weighter.backward` was called with gradients disabled. For evaluation use `weighter.combine(losses)`, which "
-        "returns the weighted total and records nothing."
-    )
-
-
-def graph_already_freed() -> RuntimeError:
-    """A second backward through one forward."""
-    return RuntimeError(
-        "The graph was already freed. Call `weighter.backward(losses)` once per forward, instead of "
-        "`accelerator.backward`."
-    )
-
-
-def window_not_closed() -> RuntimeError:
-    """The last window was due, and another begins."""
-    return RuntimeError(
-        "The last window was due and was not closed: call `weighter.step()` after `accelerator.backward` "
-        "(`weighter.backward` does both), or `weighter.reset()` after an exception that every process caught."
-    )
-
-
-def empty_window() -> RuntimeError:
-    """``step`` with nothing in the window."""
-    return RuntimeError(
-        "`weighter.step()` was called on an empty window: no losses came through `weighter.combine` since the last "
-        "step. `weighter.backward` closes the window by itself."
-    )
-
-
-def losses_that_missed_the_branch(tasks: Sequence[str], frozen_trunk: bool, no_branch: bool) -> RuntimeError:
-    """Losses of which no gradient arrived at the join."""
-    names = ", ".join(f"`{task}`" for task in tasks)
-    which = f"Loss {names} does" if len(tasks) == 1 else f"Losses {names} do"
-    if frozen_trunk:
-        return RuntimeError(
-            "The shared representation does not require grad (all parameters before it are frozen): gradient-based "
-            "methods have nothing to balance. Use a method that needs losses only, such as CoVWeighting."
-        )
-    if no_branch:
-        return RuntimeError(
-            f"{which} not depend on the branch: this weighter has no `heads`, and `weighter.branch(z)` was not called "
-            "in the forward. A method that needs gradients needs one of them."
-        )
-    return RuntimeError(
-        f"{which} not depend on the branch: no gradient of it arrived there. Branch inside the model's forward or name "
-        "its head; what a prepared model returns is a copy under mixed precision."
-    )
-
-
-def hooks_are_not_pickled() -> TypeError:
-    """A whole model with our hooks on its heads is to be written to a file."""
-    return TypeError(
-        "The model's heads carry hooks of a `Weighter`, which cannot be pickled. Save `model.state_dict()`, or remove "
-        "the hooks first: `weighter.detach()`, or `weighter.fold_rotations()` where the method rotates."
-    )
-
-
-def head_without_input(task: str) -> TypeError:
-    """A head that is called without a floating-point tensor."""
-    return TypeError(
-        f"The head of task `{task}` was called without a floating-point tensor, so there is no shared representation "
-        "to branch. Call `weighter.branch(z)` in the model's forward instead of naming `heads`."
-    )
-
-
-def heads_and_branch() -> RuntimeError:
-    """Both ways of branching at once."""
-    return RuntimeError(
-        "This weighter was built with `heads`, which divide the shared representation by themselves: do not call "
-        "`weighter.branch(z)` too."
-    )
-
-
-def second_join_of_a_step() -> RuntimeError:
-    """lag=0 and more than one join in a backward."""
-    return RuntimeError(
-        "With `lag = 0` the weights of a backward are decided when the tasks' gradients meet, so they must meet once. "
-        "Here they met in several places: the model was run several times, or its heads were fed different tensors. "
-        "Call `weighter.branch(z)` once in one forward, or use `lag = 1`."
-    )
-
-
 def shared_layer_goes_with(method: str, rotates: bool, lag: int) -> None:
     """Gradients at a layer's weight are neither rotated, nor compared in the backward itself."""
     if rotates:
@@ -374,33 +271,6 @@ def shared_layer_goes_with(method: str, rotates: bool, lag: int) -> None:
         )
 
 
-def fold_needs_heads() -> ValueError:
-    """Rotations to fold, and no heads to fold them into."""
-    return ValueError(
-        "This weighter was built without `heads`, so it does not know what reads the rotated representation: call "
-        "`fold_rotations(heads={task: module or dotted name})` with the module that each alias of the branch goes into."
-    )
-
-
-def shared_layer_is_not_the_branch() -> ValueError:
-    """Something lies between the layer and the branch."""
-    return ValueError(
-        "The output of `shared_layer` is not the tensor that is branched: something lies between (an activation, a "
-        "norm, a pooling). Move what lies between into the heads, or leave `shared_layer` out."
-    )
-
-
-def losses_in_half_precision(dtype: str) -> str:
-    """Losses that were computed, or cast by FSDP2 on their way out of the model, in half precision."""
-    digits = "0.4" if dtype.endswith("bfloat16") else "0.05"
-    return (
-        f"Losses come in {dtype}, so that their statistics are rounded by up to {digits} %. Compute them in float32: "
-        "`.float()` the logits before the loss. FSDP2 also casts the losses that a forward returns: give its plugin a "
-        "`mixed_precision_policy` with `output_dtype=None`, which casts nothing, or with `output_dtype=torch.float32` "
-        "where every layer outside of the FSDP units takes float32 inputs."
-    )
-
-
 def warn_saved_inside_window(blocks: int) -> None:
     """State was asked for with micro-batches in the window."""
     verb = "is" if blocks == 1 else "are"
@@ -408,14 +278,4 @@ def warn_saved_inside_window(blocks: int) -> None:
         f"Saved inside an accumulation window: {blocks} of its micro-steps {verb} lost; save on "
         "`accelerator.sync_gradients`.",
         stacklevel=4,
-    )
-
-
-def left_waiting(step: int) -> RuntimeError:
-    """A collective that another process did not come to."""
-    return RuntimeError(
-        f"Another process did not come to optimizer step {step}: it ended, met an error of its own, or took another "
-        "step than this one. All processes must take the same steps: no `break`, no `weighter.step()` and no "
-        "`weighter.freeze()` on some of them alone, and no fewer batches there (`even_batches=False`, "
-        "`join_uneven_inputs`). To stop early, let all of them ask `accelerator.check_trigger()`."
     )

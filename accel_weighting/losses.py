@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import checks
-from .branch import zero_with_graph
+from .join import zero_with_graph
 from .window import to_device
 
 Losses = Mapping[str, Tensor] | Sequence[Tensor] | Tensor

@@ -23,15 +23,27 @@ Rows = Sequence[Tensor | None]
 
 def wide(x: Tensor) -> Tensor:
     """float32 or wider: products of half-precision gradients overflow."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype in (torch.float64, torch.complex128) else x.float()
 
 
-def weighted_sum(gradients: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
-    """A fresh sum: one kernel on a stack of small tensors, one pass over each where memory is what takes the time."""
+def weighted_sum(rows: Rows, weights: Tensor | None = None) -> Tensor | None:
+    """A fresh sum of the gradients that came, each times its weight; None if none came.
+
+    One kernel on a stack of small tensors; one pass over each where memory is what takes the time.
+
+    Args:
+        rows: One gradient per task.
+        weights: ``[K]``; None: 1 each.
+    """
+    gradients = [g for g in rows if g is not None]
+    if not gradients:
+        return None
     first = gradients[0]
+    if weights is not None and len(gradients) < len(rows):
+        weights = torch.stack([w for w, g in zip(weights, rows, strict=True) if g is not None])
     w = None if weights is None else weights.to(first.dtype)
     if first.numel() <= SMALL:
-        V = torch.stack(tuple(gradients))
+        V = torch.stack(gradients)
         return (V if w is None else V * w.view(-1, *(1,) * first.ndim)).sum(0)
     total = first.clone() if w is None else first * w[0]
     for k, g in enumerate(gradients[1:], 1):
@@ -39,15 +51,25 @@ def weighted_sum(gradients: Sequence[Tensor], weights: Tensor | None = None) -> 
     return total
 
 
-def gram(rows: Rows) -> Tensor:
-    """Inner products of all gradients, ``[K, K]``; rows that are None count as zeros."""
+def gram(tensors: Sequence[Rows]) -> Tensor:
+    """Inner products of all gradients, ``[K, K]``, summed over the tensors; rows that are None count as zeros."""
+    total: Tensor | None = None
+    for rows in tensors:
+        if any(g is not None for g in rows):
+            products = _gram(rows)
+            total = products if total is None else total + products
+    assert total is not None
+    return total
+
+
+def _gram(rows: Rows) -> Tensor:
     some = next(g for g in rows if g is not None)
-    if any(g is None for g in rows):
-        zeros = some.new_zeros(()).expand_as(some)
-        rows = [zeros if g is None else g for g in rows]
-    full: Sequence[Tensor] = rows  # type: ignore[assignment]
+    zeros = some.new_zeros(()).expand_as(some) if any(g is None for g in rows) else some
+    full = [zeros if g is None else g for g in rows]
+    if some.is_complex():  # a complex number is a pair of real ones
+        full = [torch.view_as_real(g.resolve_conj()) for g in full]
     if some.numel() <= CHUNK:
-        V = wide(torch.stack(tuple(full)).flatten(1))
+        V = wide(torch.stack(full).flatten(1))
         return V @ V.T
     total = torch.zeros(len(full), len(full), dtype=torch.float64, device=some.device)
     for part in zip(*(torch.split(g.reshape(-1), CHUNK) for g in full), strict=True):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+
 from torch import nn
 
-from . import checks
+from . import checks, errors
+
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Attributes in which torch's wrappers hold what they wrap."""
 
 
 def locate(name: str, model: nn.Module) -> nn.Module | None:
@@ -19,9 +23,29 @@ def locate(name: str, model: nn.Module) -> nn.Module | None:
     return module
 
 
+def links_to(name: str, model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """The way to the submodule called ``name``: parent, attribute, child, from the model on."""
+    module, links = _unwrap(model), []
+    for part in name.split("."):
+        child = getattr(module, part)
+        links.append((module, part, child))
+        module = _unwrap(child)
+    return links
+
+
+def name_of(module: nn.Module, model: nn.Module) -> str | None:
+    """The dotted name under which ``locate`` finds a module; None where it does not."""
+    root = _unwrap(model)
+    for name, part in root.named_modules(remove_duplicate=False):
+        if part is module:
+            inner = ".".join(word for word in name.split(".") if word not in WRAPPERS)
+            return inner if inner and locate(inner, root) is module else None
+    return None
+
+
 def _unwrap(module: nn.Module) -> nn.Module:
     while True:
-        for inner in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
+        for inner in WRAPPERS:
             if isinstance(getattr(module, inner, None), nn.Module):
                 module = getattr(module, inner)
                 break
@@ -49,7 +73,7 @@ def heads_by_task(
         else:
             found.append(module)
     if missing:
-        raise checks.modules_not_found(missing)
+        raise errors.modules_not_found(missing, () if model is None else dict(model.named_modules()))
     return found
 
 
@@ -63,8 +87,8 @@ def find_layer(layer: nn.Linear | str, model: nn.Module | None) -> nn.Linear:
     if not isinstance(layer, str):
         return checks.shared_layer(layer)
     if model is None:
-        raise checks.layer_without_model(layer)
+        raise errors.layer_without_model(layer)
     found = locate(layer, model)
     if found is None:
-        raise checks.modules_not_found([layer])
+        raise errors.modules_not_found([layer], dict(model.named_modules()))
     return checks.shared_layer(found)

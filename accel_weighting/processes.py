@@ -17,7 +17,7 @@ import torch.distributed as dist  # noqa: TID251  this is the one place
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import checks
+from . import checks, errors
 from .window import to_device
 
 SUPPORTED = {
@@ -135,14 +135,14 @@ class Processes:
         if accelerator is None:
             several = launched not in (None, 1) or (initialized and dist.get_world_size() > 1)
             if group is None and several:
-                raise checks.several_processes_without_accelerator()
+                raise errors.several_processes_without_accelerator()
             state = sys.modules.get("accelerate.state")
             if state is not None and state.AcceleratorState._shared_state:
                 checks.warn_without_the_accelerator()
         else:
             kind = accelerator.distributed_type.value
             if kind not in SUPPORTED:
-                raise checks.unsupported_engine(kind, sorted(SUPPORTED))
+                raise errors.unsupported_engine(kind, sorted(SUPPORTED))
             if launched != 1 and accelerator.num_processes == 1:
                 checks.warn_started_alone(launched)
         alone = not initialized
@@ -195,7 +195,7 @@ class Processes:
             vector = self._sum(vector, first)
         except RuntimeError as error:
             if left_waiting(error):
-                raise checks.left_waiting(step) from error
+                raise errors.left_waiting(step) from error
             raise
         end = len(vector) - last
         host, rest = condense(vector[first:end])

@@ -1,8 +1,8 @@
 """Rotations of the shared representation: what a rotating method is, its matrices on the device, and folding.
 
 Head k of a rotating method reads ``R_k z``. After training ``W (R z) = (W R) z``: a rotation disappears in the
-nn.Linear that reads it, and the model runs and ships without this library. Which Linear that is, and that it alone reads it, is
-seen by running the head on random numbers; until that is clear for all heads, none is changed.
+nn.Linear that reads it, and the model runs and ships without this library. Which Linear that is, and that it alone
+reads it, is seen by running the head on random numbers; until that is clear for all heads, none is changed.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class Steps:
         window.record(losses, present, counts)
         if gram is not None:
             window.add("gradients", gram)
-            window.arrived, window.split = set(arrived), arrived < present
+            window.arrived, window.split = set(arrived), bool(arrived) and arrived < present
         agreed, host, rest = self._sum(window, layout).wait()
         state = self._state
         self._verdict.check_agreement(agreed, state, state.step)

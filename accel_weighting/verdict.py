@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import checks
+from . import errors
 from .processes import BITS, Processes, signature_pieces
 from .state import WeighterState
 from .statistics import Method, Statistics
@@ -61,7 +61,7 @@ class Verdict:
         settings: Mapping[str, Any],
         processes: Processes,
         has_scaler: Callable[[], bool],
-        why_missed: Callable[[Sequence[str], bool], Exception],
+        why_missed: Callable[[Sequence[str], Window], Exception],
     ) -> None:
         self._method, self._tasks, self._settings = method, tuple(tasks), settings
         self._processes, self._has_scaler, self._why_missed = processes, has_scaler, why_missed
@@ -119,7 +119,7 @@ class Verdict:
         if self._method.positive_losses:
             self._check_signs(statistics)
         if self._method.needs & GRADIENTS:
-            self._check_gradients(sums, statistics)
+            self._check_gradients(sums, statistics, window)
         return statistics
 
     def _hold(self, what: str, bad: NDArray[np.bool_], here: NDArray[np.bool_], step: int) -> Held:
@@ -138,11 +138,11 @@ class Verdict:
             names = [task for task, is_negative in zip(self._tasks, negative, strict=True) if is_negative]
             raise _negative_losses(repr(self._method), names, statistics.losses[negative].tolist(), statistics.step)
 
-    def _check_gradients(self, sums: Sums, statistics: Statistics) -> None:
+    def _check_gradients(self, sums: Sums, statistics: Statistics, window: Window) -> None:
         missed = statistics.present & (sums.arrived == 0)
         if missed.any():
             names = [task for task, is_missed in zip(self._tasks, missed, strict=True) if is_missed]
-            raise self._why_missed(names, not sums.arrived.any())
+            raise self._why_missed(names, window)
         if self._method.needs & {"gram", "moments"}:
             if sums.split:
                 raise _unrelated_gradients(repr(self._method), statistics.step)
@@ -163,7 +163,7 @@ class Verdict:
             return
         for loss in losses.values():
             if loss.dtype in (torch.bfloat16, torch.float16):
-                self.warn_once("half", checks.losses_in_half_precision(str(loss.dtype)))
+                self.warn_once("half", errors.losses_in_half_precision(str(loss.dtype)))
                 return
 
     def warn_once(self, about: str, message: str, also: bool = False) -> None:

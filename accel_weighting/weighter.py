@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, errors
 from .branch import Branch
+from .heads import Heads, HeadSpec
 from .losses import Given, Losses, NumItems, OnDevice
 from .modules import find_layer, heads_by_task
 from .processes import Processes, left_waiting
@@ -19,7 +20,7 @@ from .rotations import Rotations, fold, were_folded
 from .state import WeighterState
 from .statistics import Method
 from .steps import Steps
-from .verdict import Verdict
+from .verdict import GRADIENTS, Verdict
 from .window import Layout, MicroBatch, Window
 
 if TYPE_CHECKING:
@@ -37,9 +38,10 @@ class Weighter(Readings):
         tasks: Task names; their order is the weighter's order everywhere.
         accelerator: The accelerator that trains the model; None for plain PyTorch in one process (or, with
             ``process_group``, in several).
-        heads: ``{task: module}``, or dotted names looked up in ``model``. The tensor each head is called with is the
-            shared representation. None where the model's forward calls ``branch`` itself, or where the method needs
-            losses only.
+        heads: ``{task: module}``, or dotted names looked up in ``model``. The tensors that each head is called with and
+            that were computed are the shared representation; where it is called with others too, its argument is
+            named: ``{task: ("decoder", "memory")}``. None where the model's forward calls ``branch`` itself, or where
+            the method needs losses only.
         model: Where dotted names are looked up, wrapped or not.
         shared_layer: An ``nn.Linear`` (or its name) whose output is the branch point. Gradients are then taken at its
             weight, as GradNorm's paper does; this adds K·|W| numbers to the all-reduce.
@@ -72,7 +74,7 @@ class Weighter(Readings):
         tasks: Sequence[str],
         *,
         accelerator: Accelerator | None = None,
-        heads: Mapping[str, nn.Module | str] | None = None,
+        heads: Mapping[str, HeadSpec] | None = None,
         model: nn.Module | None = None,
         shared_layer: nn.Linear | str | None = None,
         initial_weights: Mapping[str, float] | None = None,
@@ -102,9 +104,10 @@ class Weighter(Readings):
         layer = None if shared_layer is None else find_layer(shared_layer, model)
         if layer is not None:
             checks.shared_layer_goes_with(repr(method), rotates, self.lag)
+        found = None
         if heads is not None:
             checks.heads(heads, self.tasks, model)
-            checks.heads_are_distinct(heads_by_task(self.tasks, heads, model), self.tasks)
+            found = Heads(self.tasks, heads, model)
         layout = Layout(len(self.tasks), None if layer is None else (layer.out_features, layer.in_features))
         self._verdict = Verdict(
             method, self.tasks, self._settings(caps, layout), processes, self._has_scaler, self._why_missed
@@ -113,13 +116,16 @@ class Weighter(Readings):
         self._rotations = Rotations(checks.rotating(method), self._steps, layout) if rotates else None
         self._branch = Branch(
             self.tasks,
-            None if heads is None else lambda: heads_by_task(self.tasks, heads, model),
+            found,
             None if shared_layer is None else lambda: find_layer(shared_layer, model),
             self._rotations,
+            passes=lambda: method.acts_on == "losses" and not self._measuring,
+            needs_gradients=bool(method.needs & GRADIENTS),
+            warn_once=self._verdict.warn_once,
         )
         self._branch.attach()
-        if accelerator is not None and not _are_prepared(self._branch.heads, accelerator):
-            self._branch.attach_again_at_first_forward()
+        if found is not None and accelerator is not None and not found.are_in(accelerator._models):
+            found.attach_again_at_first_forward(self._branch, lambda: bool(accelerator._models))
         self._window = Window(layout)
         self._on_device = OnDevice()
         if accelerator is not None:
@@ -148,7 +154,7 @@ class Weighter(Readings):
                 used before, or what ``step`` raises.
         """
         if not torch.is_grad_enabled():
-            raise checks.gradients_disabled()
+            raise errors.gradients_disabled()
         total = self.combine(losses, num_items=num_items, freeze=freeze)
         try:
             if self.accelerator is None:
@@ -158,9 +164,9 @@ class Weighter(Readings):
         except BaseException as error:
             self.reset()
             if "second time" in str(error):
-                raise checks.graph_already_freed() from error
+                raise errors.graph_already_freed() from error
             if left_waiting(error):
-                raise checks.left_waiting(self._state.step) from error
+                raise errors.left_waiting(self._state.step) from error
             raise
         self.step()
         return total.detach()
@@ -179,7 +185,11 @@ class Weighter(Readings):
         if not torch.is_grad_enabled():
             return self._total(given.vector(self.tasks, self._branch.head_outputs))
         self._check_order(given)
+        if moved := self._branch.follow():
+            raise errors.head_moved_in_a_forward(moved)
         v = given.vector(self.tasks, self._branch.head_outputs)
+        self._window.called |= self._branch.called
+        self._window.fed |= self._branch.fed
         self._branch.forget()
         micro_batch = MicroBatch(given.present, self._window, record=self._measuring and not freeze)
         total = self._total(v, given if micro_batch.record else None)
@@ -196,7 +206,7 @@ class Weighter(Readings):
             checks.uneven_inputs(self.accelerator)
         checks.losses_have_graphs(given.named, [self.tasks[k] for k in sorted(given.present)])
         if self._window.due:
-            raise checks.window_not_closed()
+            raise errors.window_not_closed()
 
     def _total(self, v: Tensor, recorded: Given | None = None) -> Tensor:
         """The weighted sum of the losses ``v``, ``[K]``; for ``lag=0`` by the weights of what is ``recorded``."""
@@ -245,7 +255,7 @@ class Weighter(Readings):
         if not self._sync:
             return
         if not self._window.opened:
-            raise checks.empty_window()
+            raise errors.empty_window()
         try:
             self._steps.close(self._window)
         finally:
@@ -290,25 +300,32 @@ class Weighter(Readings):
         accelerator = self.accelerator
         return accelerator is not None and (accelerator.scaler is not None or accelerator.mixed_precision == "fp16")
 
-    def _why_missed(self, missed: Sequence[str], nothing_came: bool) -> RuntimeError:
+    def _why_missed(self, missed: Sequence[str], window: Window) -> RuntimeError:
         """The error for tasks of which no gradient came to the branch point."""
-        no_branch = nothing_came and self._branch.find_heads is None
-        return checks.losses_that_missed_the_branch(missed, self._branch.frozen_trunk, no_branch)
+        places = {task: self.tasks.index(task) for task in missed}
+        if not window.fed and not (window.called or self._branch.heads is None):
+            window.called.clear()
+        uncalled = [task for task, k in places.items() if self._branch.heads is not None and k not in window.called]
+        unfed = [task for task, k in places.items() if k not in window.fed and task not in uncalled]
+        return errors.losses_that_missed_the_branch(
+            missed, uncalled, unfed, bool(window.fed), self._branch.heads is not None
+        )
 
     # ---- the branch and its rotations ----------------------------------------------------------------------------
 
-    def branch(self, z: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    def branch(self, z: Any, mask: Tensor | None = None) -> dict[str, Any]:
         """Divides the shared representation: ``{task: alias of z}``, one for every head's input.
 
         Written in a model's ``forward``. Gradients of different tasks arrive apart at their aliases.
 
         Args:
-            z: The shared representation.
+            z: The shared representation: a tensor, or a list, tuple, dictionary or dataclass of tensors, of which every
+                task gets its own.
             mask: Which samples count in the statistics (padding does not), of the shape of ``z`` without its
                 feature dimension; None: all.
         """
-        if self._branch.find_heads is not None:
-            raise checks.heads_and_branch()
+        if self._branch.heads is not None:
+            raise errors.heads_and_branch()
         return self._branch(z, mask)
 
     def detach(self) -> None:
@@ -341,10 +358,10 @@ class Weighter(Readings):
         if heads is not None:
             checks.heads(heads, self.tasks, model)
             found = heads_by_task(self.tasks, heads, model)
-        elif self._branch.find_heads is not None:
-            found = list(self._branch.find_heads())
+        elif self._branch.heads is not None:
+            found = self._branch.heads.find()
         else:
-            raise checks.fold_needs_heads()
+            raise errors.fold_needs_heads()
         self._branch.detach()
         try:
             fold(dict(zip(self.tasks, found, strict=True)), R, rotations.dim, rotations.shape, models)
@@ -415,9 +432,3 @@ class _Frozen:
     def __exit__(self, *_: object) -> None:
         if not self._before:
             self._weighter.unfreeze()
-
-
-def _are_prepared(heads: Sequence[nn.Module], accelerator: Accelerator) -> bool:
-    """Whether the accelerator has prepared the model that the heads are in."""
-    prepared = {id(module) for model in accelerator._models for module in model.modules()}
-    return all(id(head) in prepared for head in heads)

@@ -33,6 +33,7 @@ class Sums:
         empty: How many of them held no task at all; they go with counted and with uncounted ones.
         split: How many processes could not relate the gradients of different tasks.
         tapped: How many processes measured gradients.
+        derivatives: How many processes saw a loss on derivatives, whose gradient passes the branch point in part alone.
         arrived: On how many processes each task's gradient came to the branch point, ``[K]``.
         present: In how many blocks each task was, ``[K]``.
         items: How many items (blocks, where nothing was counted) each task had, ``[K]``.
@@ -49,6 +50,7 @@ class Sums:
     empty: int
     split: int
     tapped: int
+    derivatives: int
     arrived: NDArray[np.float64]
     present: NDArray[np.float64]
     items: NDArray[np.float64]
@@ -78,7 +80,7 @@ class Sums:
         weights = np.sign(self.present) / (items if self.counted else self.blocks)
         gram = self.gram * (weights[:, None] * (weights / 2))
         gram = gram + gram.T
-        known = self.tapped or self.empty == self.blocks  # nobody there: rows of zeros
+        known = (self.tapped or self.empty == self.blocks) and not self.derivatives  # nobody there: rows of zeros
         return Statistics(
             losses=self.losses / items,
             present=self.present > 0,
@@ -96,8 +98,8 @@ class Sums:
         return moments * to_device(torch.from_numpy(scale), moments.device)[:, None]
 
 
-HOST = 5
-"""Numbers of the vector besides those of single tasks: blocks, counted, empty, split, tapped."""
+HOST = 6
+"""Numbers of the vector besides those of single tasks: blocks, counted, empty, split, tapped, derivatives."""
 
 
 @dataclass
@@ -144,7 +146,7 @@ class Layout:
     def unpack(self, host: NDArray[np.float64], rest: Tensor, step: int) -> Sums:
         """The two parts of ``condense``, the first on the host, by name."""
         K, head = self.tasks, self._head
-        blocks, counted, empty, split, tapped = map(round, host[:HOST].tolist())
+        blocks, counted, empty, split, tapped, derivatives = map(round, host[:HOST].tolist())
         arrived, present, items, losses = host[HOST:head].reshape(4, K)
         return Sums(
             blocks,
@@ -152,6 +154,7 @@ class Layout:
             empty,
             split,
             tapped,
+            derivatives,
             arrived,
             present,
             items,
@@ -224,7 +227,10 @@ class Window:
         moves_weights: Whether some micro-batch was not frozen.
         blocks: Recorded micro-batches.
         arrived: Tasks whose gradient has come there.
+        called: Tasks whose head was called.
+        fed: Tasks whose head, or alias, had a history to send gradients back to.
         split: Whether the inner products of different tasks' gradients are not known.
+        derivatives: Whether a loss was on derivatives that passed the branch point.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -233,7 +239,9 @@ class Window:
         self.moves_weights = False
         self.blocks = 0
         self.arrived: set[int] = set()
-        self.split = False
+        self.called: set[int] = set()
+        self.fed: set[int] = set()
+        self.split = self.derivatives = False
         self._layout = layout
         self._counted = self._empty = 0
         self._present = [0] * layout.tasks
@@ -288,7 +296,8 @@ class Window:
         if gradients is None:
             gradients = torch.zeros(self._layout.gradients, dtype=torch.float64, device=losses.device)
         arrived = [k in self.arrived for k in range(self._layout.tasks)]
-        numbers = [self.blocks, self._counted, self._empty, self.split, tapped, *arrived, *self._present, *self._items]
+        facts = [self.blocks, self._counted, self._empty, self.split, tapped, self.derivatives]
+        numbers = [*facts, *arrived, *self._present, *self._items]
         parts = [losses, gradients.flatten().to(losses.device)]
         if self._layout.moments is not None:
             parts.append(self._triangles(losses.device).flatten())

@@ -1,0 +1,225 @@
+"""The heads: which modules they are, the hooks on them, and that they stay the modules that are called.
+
+A head is hooked where it is called. Adapters are wrapped round heads, heads are replaced, engines replace modules: so
+names are looked up again and the modules found are compared with those hooked, before forwards and at every step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from . import checks, errors
+from .modules import heads_by_task, links_to, name_of
+
+HeadSpec = nn.Module | str | tuple[nn.Module | str, str]
+"""A head: a module, its dotted name, or one of them with the name of the argument that is the shared representation."""
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Hooked(Protocol):
+    """What a call of a head is handed to."""
+
+    def before_head(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The arguments with which head ``k`` is called in place of those."""
+
+    def after_head(self, k: int, output: Any) -> None:
+        """What it gave."""
+
+    def copied_head(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The same for the head of a copied model, of which nothing else is wanted."""
+
+
+class _Before:
+    """The forward pre-hook of head ``k``; that of a copied model (a teacher, an average) rotates and does no more."""
+
+    def __init__(self, hooked: Hooked, k: int, copied: bool = False) -> None:
+        self._hooked, self._k, self._copied = hooked, k, copied
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        before = self._hooked.copied_head if self._copied else self._hooked.before_head
+        call = before(self._k, module, args, kwargs or {})
+        return call[0] if kwargs is None else call  # torch gives no kwargs to a hook that was removed in this very call
+
+    def __deepcopy__(self, memo: Any) -> _Before:
+        return _Before(self._hooked, self._k, copied=True)
+
+    def __reduce__(self) -> Any:
+        raise errors.hooks_are_not_pickled()
+
+
+class _Follow:
+    """The forward pre-hook of the model; that of a copied model does nothing."""
+
+    def __init__(self, follow: Callable[[], Any] | None) -> None:
+        self._follow = follow
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self._follow is not None and not torch.compiler.is_compiling():
+            self._follow()
+
+    def __deepcopy__(self, memo: Any) -> _Follow:
+        return _Follow(None)
+
+    def __reduce__(self) -> Any:
+        raise errors.hooks_are_not_pickled()
+
+
+class _After:
+    """The forward hook of head ``k``; that of a copied model does nothing."""
+
+    def __init__(self, hooked: Hooked, k: int, copied: bool = False) -> None:
+        self._hooked, self._k, self._copied = hooked, k, copied
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._copied:
+            self._hooked.after_head(self._k, output)
+
+    def __deepcopy__(self, memo: Any) -> _After:
+        return _After(self._hooked, self._k, copied=True)
+
+    def __reduce__(self) -> Any:
+        raise errors.hooks_are_not_pickled()
+
+
+_Link = tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]
+"""A parent, the attribute in which it holds a child, and the child."""
+
+
+def _links(name: str | None, model: nn.Module | None) -> list[_Link]:
+    if name is None or model is None:
+        return []
+    return [(weakref.ref(parent), part, weakref.ref(child)) for parent, part, child in links_to(name, model)]
+
+
+def _holds(link: _Link) -> bool:
+    """Whether the parent still holds the child, or is gone itself."""
+    parent, name, child = link[0](), link[1], link[2]()
+    return parent is None or parent._modules.get(name) is child
+
+
+class Heads:
+    """The heads of one weighter. Neither modules nor model are kept alive.
+
+    Args:
+        tasks: Task names.
+        given: ``{task: module, dotted name, or either with an argument's name}``.
+        model: Where names are looked up, and modules' names found; or None.
+
+    Raises:
+        ValueError: A name leads nowhere, or two tasks have one head.
+    """
+
+    def __init__(self, tasks: Sequence[str], given: Mapping[str, HeadSpec], model: nn.Module | None) -> None:
+        self.tasks = tuple(tasks)
+        self.arguments = [head[1] if isinstance(head := given[task], tuple) else None for task in tasks]
+        plain = {task: head[0] if isinstance(head := given[task], tuple) else head for task in tasks}
+        self._model = None if model is None else weakref.ref(model)
+        modules = heads_by_task(tasks, plain, model)
+        checks.heads_are_distinct(modules, tasks)
+        self._modules = [weakref.ref(module) for module in modules]
+        names = (plain[task] for task in tasks)
+        self._names = [
+            name if isinstance(name, str) else None if model is None else name_of(name, model) for name in names
+        ]
+        self._hooked: list[weakref.ref[nn.Module]] = []
+        self._links: list[list[_Link]] = [[] for _ in tasks]
+        self._handles: list[RemovableHandle] = []
+
+    def find(self) -> list[nn.Module]:
+        """The modules in task order: those that the names lead to now, else those that were given."""
+        model = None if self._model is None else self._model()
+        found: dict[str, nn.Module | str] = {}
+        for task, name, module in zip(self.tasks, self._names, self._modules, strict=True):
+            given = module()
+            if name is not None and model is not None:
+                found[task] = name
+            elif given is not None:
+                found[task] = given
+            else:
+                raise errors.model_is_gone()
+        return heads_by_task(self.tasks, found, model)
+
+    def are_in(self, models: Iterable[nn.Module]) -> bool:
+        """Whether all heads are parts of these models."""
+        parts = {id(module) for model in models for module in model.modules()}
+        return all(id(head) in parts for head in self.find())
+
+    # ---- hooks -------------------------------------------------------------------------------------------------
+
+    def attach(self, hooked: Hooked) -> None:
+        """Hooks the heads, in front of whatever an engine hooked there.
+
+        Engines hand every head an alias of z of its own (FSDP2 and ZeRO-3 in forward pre-hooks); only a hook that runs
+        before theirs sees that the heads share one z.
+        """
+        self.detach()
+        modules = self.find()
+        for k, head in enumerate(modules):
+            self._handles += (
+                head.register_forward_pre_hook(_Before(hooked, k), prepend=True, with_kwargs=True),
+                head.register_forward_hook(_After(hooked, k)),
+            )
+        self._hooked = [weakref.ref(module) for module in modules]
+        model = None if self._model is None else self._model()
+        self._links = [_links(name, model) for name in self._names]
+
+    def detach(self) -> None:
+        """Removes every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._hooked, self._links = [], [[] for _ in self.tasks]
+
+    def moved(self) -> list[str]:
+        """Tasks whose head is no longer the module that was hooked."""
+        return [task for task, links in zip(self.tasks, self._links, strict=True) if not all(map(_holds, links))]
+
+    def attach_again_at_first_forward(self, hooked: Hooked, ready: Callable[[], bool]) -> None:
+        """Hooks the heads once more at the first forward of a module with a head in it, once it is ``ready``.
+
+        An engine's own hooks are there by then, and so are adapters that were wrapped round the heads.
+        """
+        alive, target = weakref.ref(self), weakref.ref(hooked)
+
+        def first_forward(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            heads, found = alive(), target()
+            if torch.compiler.is_compiling() or heads is None or found is None or not ready():
+                return None
+            if not heads._is_part_of(module):
+                return None
+            handle.remove()
+            return heads._attach_in(module, args, found) if handle in heads._handles else None
+
+        handle = nn.modules.module.register_module_forward_pre_hook(first_forward)
+        self._handles.append(handle)
+        weakref.finalize(self, handle.remove)
+
+    def _attach_in(self, module: nn.Module, args: tuple[Any, ...], hooked: Hooked) -> Any:
+        """Hooks the heads in a forward of ``module`` that has begun; its arguments, if it is a head itself."""
+        before = [ref() for ref in self._hooked]
+        self.attach(hooked)
+        for k, ref in enumerate(self._hooked):
+            if ref() is module and module not in before and args:
+                return hooked.before_head(k, module, args, {})[0]  # its own new hook comes too late for this call
+        return None
+
+    def before_every_forward(self, follow: Callable[[], Any]) -> None:
+        """Calls ``follow`` before every forward of the model in which names are looked up."""
+        model = None if self._model is None else self._model()
+        if model is not None:
+            self._handles.append(model.register_forward_pre_hook(_Follow(follow)))
+
+    def _is_part_of(self, module: nn.Module) -> bool:
+        """Whether a head, hooked or found now, is in the module."""
+        try:
+            heads = {id(head) for head in (*(ref() for ref in self._hooked), *self.find())}
+        except RuntimeError:  # the model is gone
+            return False
+        return any(id(part) in heads for part in module.modules())

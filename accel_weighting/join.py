@@ -1,0 +1,235 @@
+"""The join in autograd's graph: where one tensor becomes one alias per task, and their gradients come together.
+
+Its backward is differentiable, to any order: a loss may contain gradients that passed the join themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import measure
+
+if TYPE_CHECKING:
+    from .branch import Branch
+
+_BRANCHES: weakref.WeakValueDictionary[int, Branch] = weakref.WeakValueDictionary()
+_KEYS = itertools.count()
+
+Gradients = Sequence[Tensor | None]
+"""One gradient per alias, those of the first tensor in task order, then those of the second; None where none came."""
+
+
+def register(branch: Branch) -> int:
+    """A key by which the graph, and the compiler's operators, find a branch that is still alive."""
+    key = next(_KEYS)
+    _BRANCHES[key] = branch
+    return key
+
+
+# ---- operators for the compiler ----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "accel_weighting::collect",
+    mutates_args=(),
+    schema="(Tensor?[] gradients, int tensors, Tensor? inputs, Tensor? mask, int key) -> Tensor[]",
+)
+def _collect(
+    gradients: list[Tensor | None], tensors: int, inputs: Tensor | None, mask: Tensor | None, key: int
+) -> list[Tensor]:
+    """``collect`` for the compiler: opaque, so that it sees no side effect and breaks no graph."""
+    totals = collect(gradients, tensors, inputs, mask, key)
+    return [_laid_out(total, rows) for total, rows in zip(totals, _by_tensor(gradients, tensors), strict=True)]
+
+
+def _laid_out(total: Tensor | None, rows: Gradients) -> Tensor:
+    """The sum in the memory layout that the compiler was promised: that of the first gradient; empty without any."""
+    first = next((g for g in rows if g is not None), None)
+    if total is None or first is None:
+        return torch.empty(0)
+    promised = torch.empty_like(first)
+    return total if total.stride() == promised.stride() else promised.copy_(total)
+
+
+@_collect.register_fake
+def _(
+    gradients: list[Tensor | None], tensors: int, inputs: Tensor | None, mask: Tensor | None, key: int
+) -> list[Tensor]:
+    firsts = [next((g for g in rows if g is not None), None) for rows in _by_tensor(gradients, tensors)]
+    return [torch.empty(0) if first is None else torch.empty_like(first) for first in firsts]
+
+
+@torch.library.custom_op("accel_weighting::rotation", mutates_args=(), schema="(Tensor z, int key, int k) -> Tensor")
+def _rotation(z: Tensor, key: int, k: int) -> Tensor:
+    """A copy of R_k. Opaque too, since the method moves the rotations at the first use after a step."""
+    rotations = _BRANCHES[key].rotations
+    assert rotations is not None
+    return rotations.matrices(z)[k].clone()
+
+
+@_rotation.register_fake
+def _(z: Tensor, key: int, k: int) -> Tensor:
+    rotations = _BRANCHES[key].rotations
+    assert rotations is not None
+    m = rotations.size or z.shape[rotations.dim]
+    return z.new_empty(m, m, dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
+
+
+# ---- autograd ----------------------------------------------------------------------------------------------------
+
+
+def collect(
+    gradients: Gradients, tensors: int, inputs: Tensor | None, mask: Tensor | None, key: int
+) -> list[Tensor | None]:
+    """The gradients of one join, measured where a micro-batch's backward runs, and summed for each tensor.
+
+    Args:
+        gradients: As they came.
+        tensors: How many tensors the join divides.
+        inputs: What the measurement needs of the forward besides, or None.
+        mask: Which samples are measured; None: all.
+        key: Of the branch.
+    """
+    branch = _BRANCHES.get(key)
+    some = next(g for g in gradients if g is not None)
+    with _without_autocast(some.device.type):
+        rows = _by_tensor(gradients, tensors)
+        weights = None if branch is None else branch.collect(rows, inputs, mask)
+        if torch.is_grad_enabled() and branch is not None and not branch.is_active:
+            return [_inner_sum(r, key) for r in rows]
+        return [measure.weighted_sum(r, weights) for r in rows]
+
+
+def _by_tensor(gradients: Gradients, tensors: int) -> list[Gradients]:
+    tasks = len(gradients) // tensors
+    return [gradients[t * tasks : (t + 1) * tasks] for t in range(tensors)]
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+class Join(torch.autograd.Function):
+    """Every tensor to one alias per task (a view); in the backward all their gradients come together."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor | None, mask: Tensor | None, key: int, tasks: int, *zs: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The aliases of the first tensor in task order, then those of the second."""
+        ctx.key, ctx.tensors = key, len(zs)
+        ctx.set_materialize_grads(False)
+        ctx.saves = inputs is not None or mask is not None
+        if ctx.saves:  # saved tensors, even None, forbid a second pass that the heads alone would allow
+            ctx.save_for_backward(inputs, mask)
+        return tuple([z.view_as(z) for z in zs for _ in range(tasks)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """For every tensor the sum of its aliases' gradients, each times its weight."""
+        if all(g is None for g in gradients):
+            return (None,) * (4 + ctx.tensors)
+        inputs, mask = ctx.saved_tensors if ctx.saves else (None, None)
+        if not torch.compiler.is_compiling():
+            return None, None, None, None, *collect(gradients, ctx.tensors, inputs, mask, ctx.key)
+        totals = torch.ops.accel_weighting.collect(list(gradients), ctx.tensors, inputs, mask, ctx.key)
+        came = [any(g is not None for g in rows) for rows in _by_tensor(gradients, ctx.tensors)]
+        return None, None, None, None, *[t if there else None for t, there in zip(totals, came, strict=True)]
+
+
+class _InnerSum(torch.autograd.Function):
+    """The sum of gradients that passed the join inside of a loss (``create_graph=True``).
+
+    When the backward of that loss comes here, a part of its gradient goes to the trunk without passing the join.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, key: int, *gradients: Tensor) -> Tensor:
+        ctx.key, ctx.number = key, len(gradients)
+        total = measure.weighted_sum(gradients)
+        assert total is not None
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if (branch := _BRANCHES.get(ctx.key)) is not None:
+            branch.notice_derivative()
+        return None, *[g] * ctx.number
+
+
+def _inner_sum(rows: Gradients, key: int) -> Tensor | None:
+    arrived = [g for g in rows if g is not None]
+    if not arrived:
+        return None
+    total: Tensor = _InnerSum.apply(key, *arrived)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _ZeroWithGraph(torch.autograd.Function):
+    """A zero that sends zeros back, whatever the values: keeps a head in the graph when its task has no samples."""
+
+    @staticmethod
+    def forward(ctx: Any, *outputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*outputs)
+        return outputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(output) for output in ctx.saved_tensors)
+
+
+def zero_with_graph(outputs: Sequence[Tensor]) -> Tensor:
+    """A scalar 0 that depends on ``outputs``, each of which gets a gradient of zeros."""
+    zero: Tensor = _ZeroWithGraph.apply(*outputs)  # type: ignore[no-untyped-call]
+    return zero
+
+
+# ---- which tensors are one ---------------------------------------------------------------------------------------
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one: the same object, or views that name the same entries of it.
+
+    Equal memory is not enough: a gradient reversal, or a tensor hook, changes nothing forward and all backward.
+    """
+    if a is b:
+        return True
+    if torch.compiler.is_compiling() or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    if a.grad_fn is None or b.grad_fn is None:
+        return False  # detached from each other: heads that are recomputed one by one in the backward
+    if a._backward_hooks or b._backward_hooks:
+        return False
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and viewed(a) == viewed(b)
+
+
+VIEWS = re.compile(
+    "(Alias|AsStrided|Permute|ReshapeAlias|Select|Slice|Squeeze|T|Transpose|UnsafeView|Unsqueeze|View)Backward[01]"
+)
+"""Autograd's nodes that pass a gradient on as it is."""
+
+
+def viewed(x: Tensor) -> tuple[Any, int]:
+    """Which output of which node ``x`` is, or is a view of."""
+    node, output = x.grad_fn, x.output_nr
+    while node is not None and VIEWS.fullmatch(node.name()):
+        node, output = node.next_functions[0]
+    return node, output
+
+
+def has_history(x: Tensor) -> bool:
+    """Whether ``x`` was computed: it is neither a leaf (a parameter, a learned query) nor a view of one."""
+    if x.grad_fn is None:
+        return False
+    node, _ = viewed(x)
+    return node is not None and not node.name().endswith("AccumulateGrad")
