@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -49,6 +50,8 @@ class History:
 
     def record(self, step: int, weights: Vector, statistics: Statistics | None, skipped: int) -> None:
         """A step ended: its weights, what its window saw (None where held or not measured), steps held so far."""
+        if statistics is not None and statistics.moments is not None:  # large, and on the device
+            statistics = replace(statistics, moments=None)
         self._pending.append((step, weights, statistics, skipped))
         if len(self._pending) >= PENDING:
             self._settle()

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import accelerate
+import numpy as np
 import torch
 import torch.distributed as dist  # noqa: TID251  to count what others send
 import transformers
@@ -344,11 +345,11 @@ def k_backwards(accelerator: Accelerator, shape: Shape, lr: float) -> tuple[Step
             loss.backward(retain_graph=True)
             rows.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in shared]))
         J = torch.stack(rows)
-        gram = (J @ J.T).double().cpu()
-        present = torch.ones(shape.tasks, dtype=torch.bool)
-        seen = torch.stack(losses).detach().double().cpu()
-        w, state = method.update(state, accel_weighting.Statistics(seen, present, gram.diagonal().sqrt(), gram))
-        total = w.to(J) @ J
+        gram = (J @ J.T).double().cpu().numpy()
+        present = np.ones(shape.tasks, dtype=bool)
+        seen = torch.stack(losses).detach().double().cpu().numpy()
+        w, state = method.update(state, accel_weighting.Statistics(seen, present, np.sqrt(gram.diagonal()), gram))
+        total = torch.from_numpy(w).to(J) @ J
         for p, g in zip(shared, total.split([p.numel() for p in shared]), strict=True):
             p.grad = g.view_as(p)
 

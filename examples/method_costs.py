@@ -9,6 +9,7 @@ import inspect
 import statistics
 import time
 
+import numpy as np
 import torch
 
 import accel_weighting
@@ -27,13 +28,13 @@ def microseconds(kind: type[Method], K: int) -> float:
     tasks = [f"task {k}" for k in range(K)]
     method = ARGUMENTS.get(kind, lambda _: kind())(tasks)
     _, state = method.init(tasks)
-    generator = torch.Generator().manual_seed(0)
+    generator = np.random.default_rng(0)
     times = []
     for step in range(REPEATS):
-        J = torch.randn(K, 256, dtype=torch.float64, generator=generator) + 0.1
+        J = generator.standard_normal((K, 256)) + 0.1
         gram = J @ J.T
-        losses = torch.rand(K, dtype=torch.float64, generator=generator) + 0.5
-        seen = Statistics(losses, torch.ones(K, dtype=torch.bool), gram.diagonal().sqrt(), gram, step=step)
+        losses = generator.random(K) + 0.5
+        seen = Statistics(losses, np.ones(K, dtype=bool), np.sqrt(gram.diagonal()), gram, step=step)
         start = time.perf_counter()
         _, state = method.update(state, seen)
         times.append(time.perf_counter() - start)

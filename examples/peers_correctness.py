@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist  # noqa: TID251  this script is its own launcher
 import torch.multiprocessing
@@ -162,8 +163,8 @@ def cov_per_process(net: Net, several: bool) -> Loop:
     def backward(x: Tensor, y: Tensor) -> None:
         nonlocal w, state
         losses = torch.stack(losses_of(model(x), y))
-        (losses * w).sum().backward()
-        w, state = method.update(state, Statistics(losses.detach(), torch.ones(len(TASKS), dtype=torch.bool)))
+        (losses * torch.from_numpy(w)).sum().backward()
+        w, state = method.update(state, Statistics(losses.detach().numpy(), np.ones(len(TASKS), dtype=bool)))
 
     return Loop(backward, lambda: w.tolist())
 

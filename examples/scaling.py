@@ -32,10 +32,10 @@ RANKS = (8, 64, 512, 4096)
 
 
 def numbers(tasks: int, width: int = 0, weight: int = 0) -> int:
-    """How many float64 numbers a step sends: header, K counts of five kinds, Gram matrix (or K · |W|), skew moments."""
+    """How many float64 numbers a step sends: header, 4 K counts and losses, Gram matrix (or K · |W|), skew moments."""
     header = 11 + 4 * bool(width)
     moments = tasks * (tasks - 1) // 2 * (width * (width - 1) // 2)
-    return header + 6 + 5 * tasks + (tasks * weight or tasks**2) + moments
+    return header + 5 + 4 * tasks + (tasks * weight or tasks**2) + moments
 
 
 CASES = {

@@ -11,26 +11,25 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from accel_weighting import Weighter
-from accel_weighting.branch import Block, Branch
+from accel_weighting import Statistics, Weighter, processes
+from accel_weighting.branch import Branch
 from accel_weighting.processes import Processes
-from accel_weighting.window import Sums, Window
+from accel_weighting.window import MicroBatch, Sums, Window
 
 
 @contextmanager
 def mean_of_local_norms() -> Iterator[None]:
     """Norms are averaged over blocks, instead of the norm of the global batch's gradient."""
-    add, unpack = Window.add, Window.unpack
+    add, statistics = Window.add, Sums.statistics
 
     def add_norms(self: Window, name: str, value: Tensor) -> None:
-        add(self, name, value.diagonal().sqrt().diag() if name == "gram" else value)
+        add(self, name, value.diagonal().sqrt().diag() if name == "gradients" else value)
 
-    def mean_of_norms(self: Window, *args: Any) -> Sums:
-        sums = unpack(self, *args)
-        s = sums.statistics
-        return replace(sums, statistics=replace(s, norms=s.gram.diagonal() * s.micro_batches))  # sum / M² · M
+    def mean_of_norms(self: Sums) -> Statistics:
+        s = statistics(self)
+        return replace(s, norms=s.gram.diagonal() * s.micro_batches)  # sum / M² · M
 
-    with patch.object(Window, "add", add_norms), patch.object(Window, "unpack", mean_of_norms):
+    with patch.object(Window, "add", add_norms), patch.object(Sums, "statistics", mean_of_norms):
         yield
 
 
@@ -44,14 +43,13 @@ def step_per_micro_batch() -> Iterator[None]:
 @contextmanager
 def gram_divided_by_M() -> Iterator[None]:
     """Instead of by M²."""
-    unpack = Window.unpack
+    statistics = Sums.statistics
 
-    def divided_once(self: Window, *args: Any) -> Sums:
-        sums = unpack(self, *args)
-        s, M = sums.statistics, sums.blocks
-        return replace(sums, statistics=replace(s, gram=s.gram * M, norms=s.norms * M**0.5))
+    def divided_once(self: Sums) -> Statistics:
+        s, M = statistics(self), self.blocks
+        return replace(s, gram=s.gram * M, norms=s.norms * M**0.5)
 
-    with patch.object(Window, "unpack", divided_once):
+    with patch.object(Sums, "statistics", divided_once):
         yield
 
 
@@ -65,7 +63,8 @@ def no_all_reduce() -> Iterator[None]:
 @contextmanager
 def no_all_reduce_and_nobody_notices() -> Iterator[None]:
     """The same, and the agreement that rides in the vector is not looked at either."""
-    with no_all_reduce(), patch.object(Processes, "agreed", lambda self, header: True):
+    agreed, alike = lambda world, signature: True, lambda world, sums: True
+    with no_all_reduce(), patch.object(processes, "_agreed", agreed), patch.object(processes, "_alike", alike):
         yield
 
 
@@ -74,9 +73,9 @@ def factors_not_removed() -> Iterator[None]:
     """Weights and the division by the accumulation stay in the gradients that are measured."""
     measure = Branch._measure
 
-    def with_factors(self: Branch, block: Block, *args: Any) -> None:
-        block.factors = torch.ones_like(block.factors)
-        measure(self, block, *args)
+    def with_factors(self: Branch, micro_batch: MicroBatch, *args: Any) -> None:
+        micro_batch.factors = torch.ones_like(micro_batch.factors)
+        measure(self, micro_batch, *args)
 
     with patch.object(Branch, "_measure", with_factors):
         yield

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from accel_weighting import Method, Weighter
 from tests import small
 from tests.ranks import accelerator_for
-from tests.small import ROWS, Net, batch, names, task_losses
+from tests.small import ROWS, Net, batch, names, task_losses, tensor
 
 
 @dataclass(frozen=True)
@@ -189,10 +189,8 @@ def train(engine: str, cell: Cell) -> Run:
         if statistics is None:
             continue
         run.statistics_steps.add(statistics.step)
-        run.losses.append(statistics.losses)
-        run.present.append(statistics.present)
-        run.norms.append(statistics.norms)
-        run.gram.append(statistics.gram)
+        for name in ("losses", "present", "norms", "gram"):
+            getattr(run, name).append(tensor(getattr(statistics, name)))
         run.micro_batches.append(statistics.micro_batches)
     run.collectives = count.calls
     run.parameters = full_parameters(accelerator.unwrap_model(model, keep_torch_compile=False), model)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,6 +22,19 @@ WIDTH = 5  # of the shared representation
 TASKS = ["depth", "seg"]
 GRADNORM = GradNorm(alpha=1.0)
 EXACT = {"rtol": 1e-13, "atol": 1e-16}
+
+# ---- arrays and tensors ---------------------------------------------------------------------------------------------
+
+
+def tensor(x: Any) -> Any:
+    """Arrays as tensors; anything else as it is."""
+    return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+
+
+def assert_close(actual: Any, expected: Any, **tolerances: Any) -> None:
+    """`torch.testing.assert_close` for arrays too: statistics and weights are arrays, gradients by hand are tensors."""
+    torch.testing.assert_close(tensor(actual), tensor(expected), **tolerances)
+
 
 # ---- the model and its data ------------------------------------------------------------------------------------------
 
@@ -148,11 +162,9 @@ def gradients_by_hand(model: Net, step: int = 0, rows: slice = slice(None)) -> T
 def assert_statistics_by_hand(weighter: Weighter, model: Net, step: int = 0) -> None:
     """Against K backwards of their own; the model must still be as it was in the window."""
     G = gradients_by_hand(model, step)
-    torch.testing.assert_close(weighter.statistics.gram, G @ G.T, **EXACT)
-    torch.testing.assert_close(weighter.statistics.norms, G.norm(dim=1), **EXACT)
-    torch.testing.assert_close(
-        weighter.statistics.losses, torch.stack(list(losses_of(model, step).values())).detach(), **EXACT
-    )
+    assert_close(weighter.statistics.gram, G @ G.T, **EXACT)
+    assert_close(weighter.statistics.norms, G.norm(dim=1), **EXACT)
+    assert_close(weighter.statistics.losses, torch.stack(list(losses_of(model, step).values())).detach(), **EXACT)
 
 
 def assert_gradients_by_hand(model: Net, weights: Mapping[str, float], step: int = 0) -> None:

@@ -140,7 +140,7 @@ def by_hand(method: Any, net: Net, steps: int, rows: int) -> Trajectory:
         z, aliases, outputs = forward(x)
         losses = torch.stack(list(losses_of(outputs, x).values()))
         on_losses = method.acts_on == "losses"
-        weights = as_tensor(w)
+        weights = torch.tensor(w)
         (losses @ (weights if on_losses else torch.ones_like(weights))).backward()
         G = torch.stack([alias.grad for alias in aliases])  # type: ignore[misc]
         G = G / weights[:, None, None] if on_losses else G
@@ -151,18 +151,12 @@ def by_hand(method: Any, net: Net, steps: int, rows: int) -> Trajectory:
                 p.grad = None
         gram, S = torch.einsum("knd,jnd->kj", G, G), G[i].mT @ G[j]
         moments = (S - S.mT)[:, upper[0], upper[1]] if rotates else None
-        host: dict[str, Any] = {"losses": losses.detach(), "present": torch.ones(K, dtype=torch.bool)}
-        host |= {"norms": gram.diagonal().sqrt(), "gram": gram}
-        s = Statistics(**host, moments=moments, step=step)
+        L, M = losses.detach().numpy(), gram.numpy()
+        s = Statistics(L, np.ones(K, dtype=bool), np.sqrt(M.diagonal()), M, moments, step=step)
         w, state = method.update(state, s)
-        seen.append((losses.detach(), gram, as_tensor(w)))
+        seen.append((losses.detach(), gram, torch.tensor(w)))
     after = answers(lambda x: forward(x)[2], rows)
     return Trajectory.of(seen, state.get("rotations"), after - before)
-
-
-def as_tensor(x: Any) -> Tensor:
-    """A copy of a method's numbers, which are an array or a tensor (once they are arrays alone: `torch.tensor(x)`)."""
-    return torch.tensor(np.asarray(x))
 
 
 @torch.no_grad()
@@ -262,7 +256,7 @@ def under_the_engine(setting: Setting, method: Method, net: Net, steps: int) -> 
         if s is None:
             raise RuntimeError("A loss or a gradient was not finite, so that the weights were held.")
         weights = torch.tensor(list(weighter.weights.values()), dtype=torch.float64)
-        seen.append((as_tensor(s.losses), torch.zeros(0) if s.gram is None else as_tensor(s.gram), weights))
+        seen.append((torch.tensor(s.losses), torch.zeros(0) if s.gram is None else torch.tensor(s.gram), weights))
     rotations = torch.stack(list(weighter.rotations.values())) if "moments" in method.needs else None
     after = answers(lambda x: setting.ask(model, x), rows)
     weighter.detach()

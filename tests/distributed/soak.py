@@ -22,16 +22,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed as dist  # noqa: TID251  ends the group of a weighter that is built anew
 from torch import Tensor
 
-from accel_weighting import CoVWeighting, GradNorm, Method, RotoGrad, State, Statistics, Weighter
-from accel_weighting.record import CAPACITY
+from accel_weighting import CoVWeighting, GradNorm, Method, RotoGrad, Statistics, Weighter
+from accel_weighting.history import CAPACITY
 from tests.ranks import accelerator_for, run_ranks
 from tests.scenarios import CountCollectives
-from tests.small import ROWS, WIDTH, Net, batch, names, task_losses
+from tests.small import ROWS, WIDTH, Net, batch, names, task_losses, tensor
 
 METHODS: dict[str, Method] = {"gradnorm": GradNorm(), "cov": CoVWeighting(), "rotograd": RotoGrad()}
 TASKS = names(3)
@@ -255,7 +256,7 @@ class Replay:
         self.weights, self.state = method.init(TASKS)
         if "moments" in method.needs:
             self.state = self.method.widen(self.state, WIDTH)
-        self.sum, self.steps = torch.zeros_like(self.weights), 0
+        self.sum, self.steps = np.zeros_like(self.weights), 0
 
     def follow(self, recorded: bool, statistics: Statistics | None) -> None:
         if recorded:
@@ -272,7 +273,7 @@ class Outcome:
     losses: Tensor
     norms: Tensor
     gram: Tensor
-    state: State
+    state: dict[str, Tensor]
     average: dict[str, float]
     parameters: dict[str, Tensor]
     held: int = 0
@@ -281,15 +282,15 @@ class Outcome:
     interruptions: int = 0
     unfrozen: int = 0
     collectives: int = 0
-    memory: list[tuple[int, float, int]] = field(default_factory=list)  # step, MiB, live tensors but the history's
+    memory: list[tuple[int, float, int]] = field(default_factory=list)  # step, MiB, live tensors
     history: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
 
-def live_tensors(weighter: Weighter) -> int:
-    """All that Python holds, without the rows of the history, which may come to 4,096."""
+def live_tensors() -> int:
+    """All that Python holds."""
     gc.collect()
-    return sum(issubclass(type(o), Tensor) for o in gc.get_objects()) - len(weighter.history)
+    return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
 
 
 def soak(name: str, steps: int, seed: int, ranks: int, alone: bool, folder: Path) -> Outcome:
@@ -343,22 +344,22 @@ def soak(name: str, steps: int, seed: int, ranks: int, alone: bool, folder: Path
         assert statistics is None or statistics.step == turn.step, f"step {turn.step} was held and should not have been"
         replay.follow(recorded, statistics)
         out.weights[turn.step] = torch.tensor(list(weighter.weights.values()), dtype=torch.float64)
-        assert torch.equal(out.weights[turn.step], replay.weights), (
+        assert torch.equal(out.weights[turn.step], tensor(replay.weights)), (
             f"step {turn.step}: not the update of its statistics"
         )
         if statistics is not None:
             there = [any((b, task) not in turn.absent for b in turn.recorded(ranks)) for task in TASKS]
             assert (statistics.present.tolist(), statistics.micro_batches) == (there, len(turn.recorded(ranks)))
             assert statistics.norms is not None and statistics.gram is not None
-            out.losses[turn.step], out.norms[turn.step] = statistics.losses, statistics.norms
-            out.gram[turn.step] = statistics.gram
+            out.losses[turn.step], out.norms[turn.step] = tensor(statistics.losses), tensor(statistics.norms)
+            out.gram[turn.step] = tensor(statistics.gram)
         if held or turn.step % 50 == 0:
             assert_same(weighter.state_dict()["state"], replay.state)
         out.held += held
         out.unfrozen += recorded
         if (turn.step + 1) % max(steps // 20, 1) == 0:
             memory = psutil.Process().memory_info().rss / 2**20
-            out.memory.append((turn.step + 1, memory, live_tensors(weighter)))
+            out.memory.append((turn.step + 1, memory, live_tensors()))
             if trainer.rank == 0:
                 with open(folder / "progress", "a") as file:
                     file.write(
@@ -378,11 +379,11 @@ def soak(name: str, steps: int, seed: int, ranks: int, alone: bool, folder: Path
     return out
 
 
-def assert_same(state: State, replayed: State) -> None:
+def assert_same(state: dict[str, Tensor], replayed: dict[str, Any]) -> None:
     """Bit by bit, and nothing in it that is not finite."""
     assert state.keys() == replayed.keys()
     for name, value in state.items():
-        assert torch.equal(value, replayed[name]), f"state `{name}` is not the one of the replayed updates"
+        assert torch.equal(value, tensor(replayed[name])), f"state `{name}` is not the one of the replayed updates"
         assert value.double().isfinite().all(), f"state `{name}` is not finite"
 
 

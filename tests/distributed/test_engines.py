@@ -34,7 +34,7 @@ from tests.distributed.engines import (
 )
 from tests.ranks import accelerator_for, forget_accelerators, run_ranks
 from tests.scenarios import Cell, Run, assert_ranks_agree, difference, net
-from tests.small import Net, batch, task_losses
+from tests.small import Net, batch, task_losses, tensor
 
 GRADNORM = GradNorm(alpha=1.0, lr=0.01)
 
@@ -170,7 +170,7 @@ def statistics_on_meshes() -> list[tuple[list[int], int, Tensor, Tensor]]:
         statistics = weighter.statistics
         assert statistics is not None and statistics.gram is not None
         assert statistics.micro_batches == processes.world
-        found.append((ranks, processes.world, statistics.gram, torch.tensor(list(weighter.weights.values()))))
+        found.append((ranks, processes.world, tensor(statistics.gram), torch.tensor(list(weighter.weights.values()))))
     return found
 
 

@@ -9,13 +9,14 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from accel_weighting import RotoGrad, RotoGradNorm, Smooth, Weighter
-from accel_weighting.branch import Branch
-from accel_weighting.window import Sums, Window
+from accel_weighting import RotoGrad, RotoGradNorm, Smooth, Statistics, Weighter
+from accel_weighting.rotations import Rotations
+from accel_weighting.window import Sums
 from tests.ranks import accelerator_for, run_ranks
 from tests.scenarios import Cell, Run, assert_ranks_agree, difference, full_parameters, train
 from tests.small import WIDTH, Net, batch, names, task_losses
@@ -73,9 +74,9 @@ def _train(engine: str, cell: Cell, sabotaged: bool) -> Run:
     step = Weighter.step
 
     def recorded(self: Weighter) -> None:
-        before = self._progress.step
+        before = self._state.step
         step(self)
-        if self._progress.step > before:
+        if self._state.step > before:
             moments.append(self.statistics.moments)
             rotations.append(torch.stack(list(self.rotations.values())).double())
 
@@ -88,22 +89,20 @@ def _train(engine: str, cell: Cell, sabotaged: bool) -> Run:
 @contextmanager
 def per_micro_batch() -> Iterator[None]:
     """The sabotage: every micro-batch is normalised by itself, and the steps' average is taken."""
-    products, unpack = Branch._moments, Window.unpack
+    products, statistics = Rotations.cross_products, Sums.statistics
 
-    def normalised(self: Branch, rows: Any, c: Tensor, z: Tensor | None) -> Tensor:
+    def normalised(self: Rotations, rows: Any, c: Tensor, z: Tensor | None) -> Tensor:
         n = torch.stack([g.norm() for g in rows]) / c
         k, j = torch.triu_indices(len(rows), len(rows), 1)
         return products(self, rows, c, z) / (n[k] * n[j])[:, None, None]
 
-    def averaged(self: Window, *args: Any) -> Sums:
-        sums = unpack(self, *args)
-        s = sums.statistics
-        k, j = torch.triu_indices(self.tasks, self.tasks, 1)
-        return replace(
-            sums, statistics=replace(s, moments=s.moments * (s.norms[k] * s.norms[j])[:, None] * s.micro_batches)
-        )
+    def averaged(self: Sums) -> Statistics:
+        s = statistics(self)
+        assert s.norms is not None and s.moments is not None
+        k, j = np.triu_indices(len(s.norms), 1)
+        return replace(s, moments=s.moments * torch.from_numpy(s.norms[k] * s.norms[j])[:, None] * s.micro_batches)
 
-    with patch.object(Branch, "_moments", normalised), patch.object(Window, "unpack", averaged):
+    with patch.object(Rotations, "cross_products", normalised), patch.object(Sums, "statistics", averaged):
         yield
 
 

@@ -58,7 +58,7 @@ def test_finetune_text(tmp_path):
     logged = events(tmp_path / "whole")
     for step, values in run["history"]:
         assert dict(logged["weight/topic"])[step + 1] == pytest.approx(values["weight/topic"], rel=1e-6)
-    assert {"loss/rating", "grad_norm/topic", "cosine/topic·rating", "test/tags"} <= set(logged)
+    assert {"loss/rating", "grad_norm/topic", "cosine/topic/rating", "test/tags"} <= set(logged)
 
 
 def test_finetune_text_takes_a_model_and_a_data_set_from_folders_and_adapts_it_with_lora(tmp_path):
@@ -111,7 +111,7 @@ def test_multi_loss_with_two_weighters(tmp_path):
     assert list(discriminator["weights"]) == ["real", "fake"]
     for run in (autoencoder, discriminator):  # every loss reached its branch in every step
         assert all(f"grad_norm/{task}" in values for _, values in run["history"] for task in run["weights"])
-    assert all(values["cosine/real·fake"] == 0 for _, values in discriminator["history"])  # they share no image
+    assert all(values["cosine/real/fake"] == 0 for _, values in discriminator["history"])  # they share no image
     assert "peak signal to noise" in output
     assert (tmp_path / "whole" / "multi_loss_digits.png").exists()
 

@@ -179,7 +179,7 @@ def test_checkpoint_with_a_task_added_keeps_what_fits():
     then, now = weighter.history, again.history
     assert [step for step, _ in now] == [0, 1, 2]
     for (_, old), (_, new) in zip(then, now, strict=True):
-        assert new == {"cosine/seg·depth" if name == "cosine/depth·seg" else name: x for name, x in old.items()}
+        assert new == {"cosine/seg/depth" if name == "cosine/depth/seg" else name: x for name, x in old.items()}
     assert again.average_weights == again.weights  # over other steps than the others' it would be no average
     again.backward(losses_of(larger, 3, tasks=3))
     assert again.log_values()["loss_cov/normals"] == 0 < again.log_values()["loss_cov/seg"]  # one loss, and four

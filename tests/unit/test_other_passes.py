@@ -13,6 +13,7 @@ from tests.small import (
     GRADNORM,
     TASKS,
     apply_heads,
+    assert_close,
     assert_gradients_by_hand,
     assert_statistics_by_hand,
     batch,
@@ -46,7 +47,7 @@ def test_a_generators_step_through_the_discriminator_is_not_recorded(when):
         elif moment == when:
             fool(model).backward()
     G = gradients_by_hand(model)
-    torch.testing.assert_close(weighter.statistics.gram, G @ G.T / 2, **EXACT)  # the same rows twice, each at 1/2
+    assert_close(weighter.statistics.gram, G @ G.T / 2, **EXACT)  # the same rows twice, each at 1/2
     expected = torch.autograd.grad(fool(net()), generator.weight)[0]
     torch.testing.assert_close(generator.weight.grad, expected, **EXACT)
 
@@ -135,7 +136,7 @@ def test_a_backward_after_its_window_is_not_recorded(closes):
     late.backward()
     weighter.backward(losses_of(model, 1))
     G = gradients_by_hand(model, 1)
-    torch.testing.assert_close(weighter.statistics.gram, G @ G.T, **EXACT)
+    assert_close(weighter.statistics.gram, G @ G.T, **EXACT)
 
 
 # ---- evaluations ---------------------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def test_an_evaluation_of_one_head_between_two_micro_batches_leaves_no_trace():
     weighter.backward(losses_of(model))
     assert weighter.statistics.micro_batches == 2
     G = gradients_by_hand(model)
-    torch.testing.assert_close(weighter.statistics.gram, G @ G.T / 2, **EXACT)  # the same rows twice, each at 1/2
+    assert_close(weighter.statistics.gram, G @ G.T / 2, **EXACT)  # the same rows twice, each at 1/2
 
 
 def test_an_evaluation_between_a_forward_and_its_backward_changes_nothing():

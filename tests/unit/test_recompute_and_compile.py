@@ -14,6 +14,7 @@ from tests.small import (
     TASKS,
     Net,
     apply_heads,
+    assert_close,
     assert_gradients_by_hand,
     assert_statistics_by_hand,
     batch,
@@ -67,7 +68,7 @@ def test_reentrant_activation_checkpointing_of_each_head_gives_norms_only():
     weighter, model = weighter_and_model()
     x, y = batch(0, 2, torch.float64)
     weighter.backward(task_losses(checkpointed(model, x, "every head apart", True), y))
-    torch.testing.assert_close(weighter.statistics.norms, gradients_by_hand(net()).norm(dim=1), **EXACT)
+    assert_close(weighter.statistics.norms, gradients_by_hand(net()).norm(dim=1), **EXACT)
     assert weighter.statistics.gram is None
     assert_gradients_by_hand(model, {"depth": 1, "seg": 1})
     needy, model = weighter_and_model(MGDA())
@@ -99,7 +100,7 @@ def test_torch_compile_without_a_graph_break_gives_the_same_statistics(route, fr
         weighter.backward(losses_of(compiled, step))
         model.branch, branch = None, model.branch
         G = gradients_by_hand(net(), step)
-        torch.testing.assert_close(weighter.statistics.gram, G @ G.T, **EXACT)
+        assert_close(weighter.statistics.gram, G @ G.T, **EXACT)
         assert_gradients_by_hand(model, weights, step)
         model.branch = branch
     assert weighter.weights["depth"] != weighter.weights["seg"]
