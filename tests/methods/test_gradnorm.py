@@ -248,7 +248,10 @@ def test_one_task_keeps_its_weight():
         ({"lr": 0.0}, "`lr` must be positive"),
         ({"optimizer": "rmsprop"}, "`optimizer` must be 'adam' or 'sgd'. Found `optimizer = 'rmsprop'`"),
         ({"initial_loss_decay": 1.5}, r"`initial_loss_decay` must be in \[0, 1\]. Found `initial_loss_decay = 1.5`"),
-        ({"initial_losses": {"a": 0.0}}, "`initial_losses` must be None or a mapping of .* positive and finite. Found `initial_losses = {'a': 0.0}`"),
+        (
+            {"initial_losses": {"a": 0.0}},
+            "`initial_losses` must be None or a mapping of .* positive and finite. Found `initial_losses = {'a': 0.0}`",
+        ),
     ],
 )
 def test_hyperparameters_are_checked(arguments, found):

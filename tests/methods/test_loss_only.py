@@ -475,8 +475,14 @@ def test_counts(method, name, wrong):
             "`variant` must be 'original', 'normalized' or 'loss_weighted'. Found",
         ),
         (lambda: FAMO(gamma=-1), "`gamma` must be finite and at least 0. Found"),
-        (lambda: FAMO(min_losses={"a": -1.0}), "`min_losses` must be None or a mapping of .* finite and at least 0. Found `min_losses = {'a': -1.0}`"),
-        (lambda: FAMO(min_losses={"d": 1.0}).init(TASKS), "`min_losses` must name tasks out of .* Found unknown names `..d"),
+        (
+            lambda: FAMO(min_losses={"a": -1.0}),
+            "`min_losses` must be None or a mapping of .* finite and at least 0. Found `min_losses = {'a': -1.0}`",
+        ),
+        (
+            lambda: FAMO(min_losses={"d": 1.0}).init(TASKS),
+            "`min_losses` must name tasks out of .* Found unknown names `..d",
+        ),
     ],
 )
 def test_wrong_arguments(make, message):

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-import torch
 
 from accel_weighting.methods.static import EqualWeighting, StaticWeighting
 from accel_weighting.statistics import Statistics
@@ -38,7 +37,9 @@ def test_static_weighting_is_a_value():
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_weight_must_be_positive_and_finite(weight):
-    with pytest.raises(ValueError, match=r"`weights` must be a mapping of .* positive and finite. Found `weights = \{'bad'"):
+    with pytest.raises(
+        ValueError, match=r"`weights` must be a mapping of .* positive and finite. Found `weights = \{'bad'"
+    ):
         StaticWeighting({"good": 1.0, "bad": weight})
 
 
