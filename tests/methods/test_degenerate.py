@@ -108,7 +108,8 @@ def test_weights_are_finite_and_keep_their_sum(method, K):
     tasks = [f"task {k}" for k in range(K)]
     w, state = method.init(tasks)
     total, bad = w.sum(), {}
-    for name, statistics in CASES[K][:: 8 if K == 64 and isinstance(method, CAGrad) else 1]:
+    stride = (1 if K <= 4 else 3 if K <= 8 else 16) * (4 if isinstance(method, CAGrad) else 1)
+    for name, statistics in CASES[K][METHODS.index(method) % stride :: stride]:  # solvers iterate: each c has its cases
         try:
             w, _ = method.update(state, statistics)
         except Exception as error:
@@ -131,10 +132,12 @@ def test_equal_tasks_get_equal_weights(method, K):
 
 
 @pytest.mark.parametrize("K", [2, 3, 8])
-@pytest.mark.parametrize("weighting", [tj.UPGradWeighting, tj.PCGradWeighting, tj.MGDAWeighting, tj.AlignedMTLWeighting])
+@pytest.mark.parametrize(
+    "weighting", [tj.UPGradWeighting, tj.PCGradWeighting, tj.MGDAWeighting, tj.AlignedMTLWeighting]
+)
 def test_torchjds_answers_pass_through(weighting, K):
     method = TorchJDWeighting(weighting())
     _, state = method.init([f"task {k}" for k in range(K)])
-    for name, statistics in CASES[K][::7]:
+    for case, statistics in CASES[K][::7]:
         w, _ = method.update(state, statistics)
-        assert np.isfinite(w).all(), name
+        assert np.isfinite(w).all(), case

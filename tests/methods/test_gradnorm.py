@@ -250,7 +250,7 @@ def test_one_task_keeps_its_weight():
         ({"initial_loss_decay": 1.5}, r"`initial_loss_decay` must be in \[0, 1\]. Found `initial_loss_decay = 1.5`"),
         (
             {"initial_losses": {"a": 0.0}},
-            "`initial_losses` must be None or a mapping of .* positive and finite. Found `initial_losses = {'a': 0.0}`",
+            "`initial_losses` must be .* positive and finite. Found `initial_losses = {'a': 0.0}`",
         ),
     ],
 )

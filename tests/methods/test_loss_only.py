@@ -481,7 +481,7 @@ def test_counts(method, name, wrong):
         ),
         (
             lambda: FAMO(min_losses={"d": 1.0}).init(TASKS),
-            "`min_losses` must name tasks out of .* Found unknown names `..d",
+            "`min_losses` must name tasks out of .* names `..d",
         ),
     ],
 )
