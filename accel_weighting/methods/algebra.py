@@ -253,8 +253,8 @@ def nonnegative_minimum(Q: Array, b: Array) -> Array:
             blocking = free & (z <= 0)
             if not blocking.any():
                 break
-            step = np.full(len(x), np.inf)
-            step[blocking] = x[blocking] / (x - z)[blocking]
+            step = np.where(blocking, 0.0, np.inf)  # 0 where x is 0 already, be it that z is 0 as well
+            np.divide(x, x - z, out=step, where=blocking & (x > 0))
             x = x + step.min() * (z - x)
             free = free & (step > step.min())
             x = np.where(free, x, 0.0)
