@@ -157,14 +157,14 @@ def test_a_state_with_its_rows_in_another_order_is_that_of_the_tasks_in_that_ord
         return
     K, half = len(run.tasks), len(run.losses) // 2
     order = torch.randperm(K, generator=torch.Generator().manual_seed(seed)).tolist()
-    method, permuted = row.build(run.tasks), row.build([run.tasks[k] for k in order])
+    method = row.build(run.tasks)
     w, state = method.init(run.tasks)
     for statistics in run.windows()[:half]:
         w, state = method.update(state, statistics)
     moved = {key: v[order] if v.ndim and len(v) == K else v for key, v in saved(state).items()}
     for statistics, again in zip(run.windows()[half:], run.at(order).windows()[half:], strict=True):
         w, state = method.update(state, statistics)
-        w_moved, moved = permuted.update(moved, again)
+        w_moved, moved = method.update(moved, again)
         close(row, [w_moved], [w[order]])
 
 
