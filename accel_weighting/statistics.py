@@ -245,7 +245,8 @@ def _by_task(rule: Rule) -> Rule:
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    if isinstance(value, (str, set, frozenset)) or not isinstance(value, Iterable):  # a set has no order to compare
+    unordered = isinstance(value, (set, frozenset, Mapping))  # would not have the same text everywhere
+    if isinstance(value, str) or unordered or not isinstance(value, Iterable):
         raise _BreaksRule
     names = tuple(value)
     if not all(isinstance(name, str) for name in names):

@@ -47,10 +47,11 @@ def adam_step(
     steps = state["adam_steps"] + active
     mean = m + (1 - betas[0]) * (gradient - m)
     square = v + (1 - betas[1]) * (gradient * gradient - v)
-    taken = np.maximum(steps, 1)  # before a task's first step there is nothing to correct
+    everyone = np.count_nonzero(active) == len(active)
+    taken = steps if everyone else np.maximum(steps, 1)  # before a task's first step there is nothing to correct
     corrected = mean / (1 - betas[0] ** taken), square / (1 - betas[1] ** taken)
     stepped = parameters - lr * corrected[0] / (np.sqrt(corrected[1]) + eps)
-    if np.count_nonzero(active) < len(active):
+    if not everyone:
         pairs = (stepped, parameters), (mean, m), (square, v)
         stepped, mean, square = (np.where(active, new, old) for new, old in pairs)
     return stepped, {"adam_mean": mean, "adam_square": square, "adam_steps": steps}

@@ -85,7 +85,7 @@ class GradNorm(Method):
     def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[NDArray[np.float64], State]:
         """The initial weights, 1 each by default."""
         check_tasks(self, tasks)
-        w = initial_vector(tasks, initial_weights)
+        w = np.maximum(initial_vector(tasks, initial_weights), TINY)
         state: State = {
             "weights": w,
             "balanced": np.array([self.tasks is None or task in self.tasks for task in tasks]),
@@ -108,8 +108,9 @@ class GradNorm(Method):
                 L_0 = np.where(on & (L_0 == 0) & (L > 0), L, L_0)
                 on = on & (L_0 > 0)
             r = np.divide(L, L_0, out=np.zeros(len(L)), where=on)
-            moved = L_0 if self.initial_loss_decay == 1 else lerp(L_0, L, 1 - self.initial_loss_decay)
-            state["initial_losses"] = np.where(on, moved, L_0)
+            if self.initial_loss_decay < 1:
+                L_0 = np.where(on, lerp(L_0, L, 1 - self.initial_loss_decay), L_0)
+            state["initial_losses"] = L_0
         size = np.count_nonzero(on)
         if not size:
             return w, state
@@ -119,13 +120,13 @@ class GradNorm(Method):
         if r is not None:
             target = target * (r / max(float(r.dot(mean)), SMALLEST)) ** self.alpha  # all losses may have reached 0
         gap = G - target
-        s = np.sign(gap) * (np.abs(gap) > ROUNDING * G)
+        apart = np.abs(gap) > ROUNDING * G  # where not, s is 0
         if self.optimizer == "sgd":
-            proposed = w - self.lr * s * n
+            proposed = w - self.lr * (np.copysign(n, gap) * apart)
         else:
-            pull = s * G
+            pull = np.copysign(G, gap) * apart  # s G
             gradient = pull - w * (pull.dot(mean) / w.dot(mean))  # ∂L_grad/∂v
-            v, moments = adam_step(np.log(np.maximum(w, TINY)), gradient, state, on, self.lr)
+            v, moments = adam_step(np.log(w), gradient, state, on, self.lr)
             state |= moments
             proposed = np.exp(v)  # shared out below, which makes it K softmax(v)
         state["weights"] = w = share(w, proposed, on)

@@ -264,8 +264,8 @@ class RotoGradNorm(_Rotating):
 
     From the authors' package (``RotoGradNorm``). The weights ``w = K softmax(v)`` descend
     ``Σ_k | w_k n_k − ‖(1/K) Σ_j w_j G_j‖ r_k^α |`` with the target held constant, ``r_k`` the relative inverse training
-    rate of GradNorm (Chen et al. 2018, arXiv 1711.02257): the length of the mean gradient stands where GradNorm has
-    the mean of the lengths.
+    rate of GradNorm (Chen et al. 2018, arXiv 1711.02257). It uses the norm of the mean gradient where GradNorm uses the
+    mean of the norms.
 
     Args:
         alpha: Strength of the pull towards equal training rates, finite and at least 0.

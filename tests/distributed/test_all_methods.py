@@ -10,40 +10,10 @@ import torch
 import torchjd.aggregation as tj
 
 import accel_weighting
-from accel_weighting import (
-    FAMO,
-    IMTLG,
-    IMTLL,
-    MGDA,
-    AlignedMTL,
-    CAGrad,
-    Clamp,
-    ConFIG,
-    CoVWeighting,
-    DynamicWeightAverage,
-    EqualWeighting,
-    Every,
-    GeometricLoss,
-    GradientBalancer,
-    GradNorm,
-    Method,
-    NashMTL,
-    PCGrad,
-    RandomLossWeighting,
-    ReLoBRaLo,
-    RotoGrad,
-    RotoGradNorm,
-    ScaleInvariant,
-    Smooth,
-    SmoothTchebycheff,
-    SoftAdapt,
-    StaticWeighting,
-    TorchJDWeighting,
-    UncertaintyWeighting,
-    Warmup,
-)
+from accel_weighting import Method, TorchJDWeighting
+from tests.methods.catalogue import CATALOGUE
 from tests.ranks import run_ranks
-from tests.scenarios import Cell, Run, assert_ranks_agree, difference, train_all
+from tests.scenarios import Cell, Run, assert_ranks_agree, difference, names, train_all
 
 
 @dataclass(frozen=True)
@@ -56,43 +26,7 @@ class Case:
     moves: bool = True  # whether the weights change within the run
 
 
-CASES = {
-    "equal": Case(EqualWeighting(), moves=False),
-    "static": Case(StaticWeighting({"t0": 2.0, "t1": 0.5, "t2": 1.0}), moves=False),
-    "gradnorm": Case(GradNorm(alpha=1.0, lr=0.05)),
-    "cov": Case(CoVWeighting()),
-    "uw": Case(UncertaintyWeighting()),
-    "imtl-l": Case(IMTLL()),
-    "dwa": Case(DynamicWeightAverage()),
-    "rlw": Case(RandomLossWeighting()),
-    "rlw dirichlet": Case(RandomLossWeighting("dirichlet")),
-    "gls": Case(GeometricLoss()),
-    "si": Case(ScaleInvariant()),
-    "softadapt": Case(SoftAdapt(history=2, variant="normalized")),
-    "softadapt loss-weighted": Case(SoftAdapt(history=2, variant="loss_weighted")),
-    "relobralo": Case(ReLoBRaLo(alpha=0.9, tau=1.0, rho=0.5)),
-    "stch": Case(SmoothTchebycheff(warmup=2)),
-    "famo": Case(FAMO()),
-    "mgda": Case(MGDA()),
-    "mgda norm": Case(MGDA(normalize="norm")),
-    "pcgrad": Case(PCGrad()),
-    "cagrad": Case(CAGrad()),
-    "imtl-g": Case(IMTLG()),
-    "aligned-mtl": Case(AlignedMTL()),
-    "nash-mtl": Case(NashMTL()),
-    "config": Case(ConFIG()),
-    "balancer": Case(GradientBalancer({"t0": 2.0}, decay=0.9)),
-    "rotograd": Case(RotoGrad(burn_in=2, lr=0.1)),
-    "rotograd cayley": Case(RotoGrad(lr=0.5, size=3)),
-    "rotograd magnitudes": Case(RotoGrad(rotate=False)),
-    "rotograd directions": Case(RotoGrad(scale=False, lr=0.5), moves=False),
-    "rotograd cooperative": Case(RotoGrad(cooperative_after=1, normalize_losses=True, init="haar")),
-    "rotogradnorm": Case(RotoGradNorm(alpha=1.0, lr=0.1)),
-    "smooth": Case(Smooth(MGDA(), 0.5)),
-    "clamp": Case(Clamp(GradNorm(alpha=0.0, lr=0.5), 0.5, 1.5)),
-    "warmup": Case(Warmup(CoVWeighting(warmup=1), 2)),
-    "every": Case(Every(Smooth(RotoGrad(lr=0.1), 0.5), 2)),
-}
+CASES = {row.id: Case(row.build(names(3)), moves=row.moves) for row in CATALOGUE}
 TORCHJD = {
     "AlignedMTLWeighting": Case(TorchJDWeighting(tj.AlignedMTLWeighting())),
     "CAGradWeighting": Case(TorchJDWeighting(tj.CAGradWeighting(c=0.4))),

@@ -11,70 +11,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-import torchjd.aggregation as tj
 from torch import Tensor, nn
 
-from accel_weighting import (
-    FAMO,
-    IMTLG,
-    MGDA,
-    AlignedMTL,
-    CAGrad,
-    ConFIG,
-    Every,
-    GeometricLoss,
-    GradientBalancer,
-    GradNorm,
-    Method,
-    NashMTL,
-    PCGrad,
-    RandomLossWeighting,
-    ReLoBRaLo,
-    RotoGrad,
-    RotoGradNorm,
-    ScaleInvariant,
-    Smooth,
-    SmoothTchebycheff,
-    State,
-    Statistics,
-    TorchJDWeighting,
-    Weighter,
-)
+from accel_weighting import MGDA, GeometricLoss, GradNorm, Method, RotoGrad, Statistics, Weighter
+from tests.methods.catalogue import CATALOGUE
 from tests.ranks import accelerator_for, run_ranks
 from tests.scenarios import Cell, Run, assert_ranks_agree, cut, net, train_all
 from tests.small import WIDTH, Net, batch, names, task_losses
 
-METHODS: dict[str, Method] = {
-    "mgda": MGDA(),
-    "mgda norm": MGDA(normalize="norm"),
-    "pcgrad": PCGrad(),
-    "cagrad": CAGrad(),
-    "imtl-g": IMTLG(),
-    "aligned-mtl": AlignedMTL(),
-    "nash-mtl": NashMTL(),
-    "config": ConFIG(),
-    "balancer": GradientBalancer({"t0": 2.0}, decay=0.9),
-    "upgrad": TorchJDWeighting(tj.UPGradWeighting()),
-    "rotograd magnitudes": RotoGrad(rotate=False, burn_in=2),
-    "rotograd": RotoGrad(lr=0.1, burn_in=2),
-    "rotograd directions": RotoGrad(lr=0.1, scale=False),
-    "rotogradnorm": RotoGradNorm(alpha=1.0, lr=0.1),
-    "gls": GeometricLoss(),
-    "si": ScaleInvariant(),
-    "stch": SmoothTchebycheff(warmup=2),
-    "relobralo": ReLoBRaLo(alpha=0.9, tau=1.0, rho=0.5),
-    "famo": FAMO(),
-    "rlw": RandomLossWeighting(),
-    "smooth": Smooth(NashMTL(), 0.5),
-    "every": Every(ConFIG(), 2),
-}
+METHODS: dict[str, Method] = {row.id: row.build(names(3)) for row in CATALOGUE if row.lag_0}
 DECIDES = Cell(MGDA(normalize="norm"), steps=4, options={"lag": 0}, interleaved=True)
 ONE_BATCH = {name: replace(DECIDES, method=method) for name, method in METHODS.items()}
 TWO_BATCHES = {
     name: replace(DECIDES, method=METHODS[name], micro=2)
-    for name in ("mgda norm", "pcgrad", "nash-mtl", "balancer", "rotograd", "rotograd magnitudes", "gls", "stch", "rlw")
+    for name in (
+        "mgda norm",
+        "pcgrad",
+        "nash-mtl",
+        "balancer shares",
+        "rotograd",
+        "rotograd magnitudes",
+        "gls",
+        "stch warmup",
+        "rlw",
+    )
 }
 CHECKPOINTED = {
     f"{kind} checkpoint, {name}": replace(DECIDES, method=METHODS[name], checkpoint=kind, micro=micro)
@@ -115,7 +78,7 @@ class Trajectory:
     applied: list[Tensor] = field(default_factory=list)  # in every micro-batch
     gradients: list[dict[str, Tensor]] = field(default_factory=list)  # of the model, in every window
     parameters: dict[str, Tensor] = field(default_factory=dict)
-    state: State = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict)
 
 
 def look(model: Net, x: Tensor, y: Tensor, tasks: Sequence[str], R: Tensor | None) -> Part:
@@ -155,7 +118,7 @@ def by_hand(cell: Cell, processes: int = 1) -> Trajectory:
     blocks = processes * cell.micro
     for step in range(cell.steps):
         x, y = batch(step, cell.tasks, cell.dtype)
-        R = state.get("rotations")
+        R: Any = state.get("rotations")
         parts = [look(model, x[rows], y[rows], tasks, R) for rows in cut(cell, blocks)]
         gone = {(b, task) for s, b, task in cell.absent if s in (None, step)}
         here = [[(b, task) not in gone for task in tasks] for b in range(blocks)]
@@ -163,7 +126,7 @@ def by_hand(cell: Cell, processes: int = 1) -> Trajectory:
         for first in range(0, blocks, processes):
             these = range(first, first + processes)
             saw = statistics([parts[b] for b in these], [here[b] for b in these], step, rotates=False)
-            w = method.weigh(state, saw)
+            w = torch.from_numpy(np.array(method.weigh(state, saw)))
             result.applied.append(w)
             for b in these:
                 part, on = parts[b], torch.tensor(here[b], dtype=cell.dtype) / blocks
@@ -175,9 +138,9 @@ def by_hand(cell: Cell, processes: int = 1) -> Trajectory:
             for p in model.parameters():
                 p -= cell.lr * p.grad  # type: ignore[operator]
         weights, state = method.update(state, statistics(parts, here, step, rotates))
-        result.weights.append(weights)
+        result.weights.append(torch.from_numpy(weights))
     result.parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-    result.state = state
+    result.state = {key: torch.as_tensor(value) for key, value in state.items()}
     return result
 
 

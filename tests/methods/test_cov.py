@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,19 +21,19 @@ GOLDEN_WEIGHTS = {
 
 def run(method, losses, present=None, initial_weights=None):
     """Weights used at step 0, 1, 2 …, and the last state."""
-    losses = torch.as_tensor(losses, dtype=torch.float64)
-    present = torch.ones_like(losses, dtype=torch.bool) if present is None else present
+    losses = np.asarray(losses, np.float64)
+    present = np.ones(losses.shape, np.bool_) if present is None else present
     w, state = method.init(TASKS[: losses.shape[1]], initial_weights)
     weights = [w]
     for L, here in zip(losses, present, strict=True):
         w, state = method.update(state, Statistics(L * here, here))
         weights.append(w)
-    return torch.stack(weights), state
+    return np.stack(weights), state
 
 
 def random_losses(steps=200, K=3, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return torch.rand(steps, K, generator=g, dtype=torch.float64) * torch.logspace(-3, 3, K, dtype=torch.float64) + 1e-4
+    return torch.rand(steps, K, generator=g, dtype=torch.float64).numpy() * np.logspace(-3, 3, K) + 1e-4
 
 
 def reference(losses, decay=None):
@@ -58,7 +59,7 @@ def reference(losses, decay=None):
         for i in range(K):
             ratios[i].append(L[i] / mean(past[i]) if t else 1.0)
             past[i].append(L[i])
-    return torch.tensor(weights, dtype=torch.float64)
+    return np.array(weights)
 
 
 def test_golden_sequence_of_the_authors_code():
@@ -75,7 +76,7 @@ def test_golden_sequence_of_the_authors_code():
 def test_equal_to_the_reference_over_200_steps(decay):
     losses = random_losses()
     weights, _ = run(CoVWeighting(decay=decay), losses)
-    torch.testing.assert_close(weights[:-1], reference(losses.tolist(), decay), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(weights[:-1], reference(losses.tolist(), decay), rtol=1e-12, atol=1e-12)
 
 
 def test_a_constant_loss_is_satisfied():
@@ -90,9 +91,9 @@ def test_a_constant_loss_is_satisfied():
 @pytest.mark.parametrize("decay", [None, 0.9])
 def test_units_of_the_losses_do_not_matter(decay):
     losses = random_losses()
-    scaled = losses * torch.tensor([1e-6, 3.0, 7e5], dtype=torch.float64)
+    scaled = losses * np.array([1e-6, 3.0, 7e5])
     method = CoVWeighting(decay=decay)
-    torch.testing.assert_close(run(method, losses)[0], run(method, scaled)[0], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(run(method, losses)[0], run(method, scaled)[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("decay", [None, 0.999])
@@ -109,29 +110,29 @@ def test_weights_are_equal_for_the_first_steps(warmup):
     assert still[:warmup].all()
     if warmup > 1:
         assert not still[warmup:].any()
-        torch.testing.assert_close(weights[warmup:], run(CoVWeighting(), random_losses(20))[0][warmup:])
+        np.testing.assert_allclose(weights[warmup:], run(CoVWeighting(), random_losses(20))[0][warmup:])
 
 
 @pytest.mark.parametrize(("total", "expected"), [("one", 1), ("tasks", 3)])
 def test_total(total, expected):
     weights, _ = run(CoVWeighting(total=total), random_losses())
-    assert (weights.sum(1) - expected).abs().max() < 1e-12
-    torch.testing.assert_close(weights, run(CoVWeighting(), random_losses())[0] * expected, rtol=1e-12, atol=0)
+    assert abs(weights.sum(1) - expected).max() < 1e-12
+    np.testing.assert_allclose(weights, run(CoVWeighting(), random_losses())[0] * expected, rtol=1e-12, atol=0)
 
 
 def test_initial_weights_are_scaled_to_the_total():
     weights, _ = run(CoVWeighting(total="tasks"), random_losses(5), initial_weights={"a": 2.0, "b": 3.0})
-    torch.testing.assert_close(weights[1], torch.tensor([2.0, 3.0, 1.0], dtype=torch.float64) / 2)
-    torch.testing.assert_close(weights[2:], run(CoVWeighting(total="tasks"), random_losses(5))[0][2:])
+    np.testing.assert_allclose(weights[1], np.array([2.0, 3.0, 1.0]) / 2)
+    np.testing.assert_allclose(weights[2:], run(CoVWeighting(total="tasks"), random_losses(5))[0][2:])
 
 
 def test_an_absent_task_keeps_its_weight_and_its_statistics():
     losses = random_losses(30)
-    present = torch.ones_like(losses, dtype=torch.bool)
+    present = np.ones(losses.shape, np.bool_)
     present[10:15, 1] = False
     weights, _ = run(CoVWeighting(), losses, present)
     assert (weights[10:16, 1] == weights[10, 1]).all() and (weights[10:15, 0] != weights[11:16, 0]).all()
-    assert (weights.sum(1) - 1).abs().max() < 1e-12
+    assert abs(weights.sum(1) - 1).max() < 1e-12
     # Once it is back, all is as if its windows had followed each other.
     _, state = run(CoVWeighting(), losses, present)
     _, joined = run(CoVWeighting(), losses[present[:, 1]][:, 1:2])
@@ -141,26 +142,26 @@ def test_an_absent_task_keeps_its_weight_and_its_statistics():
 
 def test_a_task_that_comes_late_warms_up_first():
     losses = random_losses(12)
-    present = torch.ones_like(losses, dtype=torch.bool)
+    present = np.ones(losses.shape, np.bool_)
     present[:5, 2] = False
     weights, _ = run(CoVWeighting(), losses, present)
     assert (weights[:7, 2] == weights[0, 2]).all() and weights[7, 2] != weights[0, 2]
     pair, _ = run(CoVWeighting(), losses[:, :2])
-    torch.testing.assert_close(weights[:7, :2], pair[:7] * 2 / 3, rtol=1e-12, atol=0)
-    assert (weights.sum(1) - 1).abs().max() < 1e-12
+    np.testing.assert_allclose(weights[:7, :2], pair[:7] * 2 / 3, rtol=1e-12, atol=0)
+    assert abs(weights.sum(1) - 1).max() < 1e-12
 
 
 def test_a_zero_first_loss_is_no_observation():
     losses = random_losses(12)
-    late = torch.ones_like(losses, dtype=torch.bool)
+    late = np.ones(losses.shape, np.bool_)
     late[:5, 2] = False
-    zero_first = torch.where(late, losses, 0.0)
-    torch.testing.assert_close(run(CoVWeighting(), zero_first)[0], run(CoVWeighting(), losses, late)[0], rtol=0, atol=0)
+    zero_first = np.where(late, losses, 0.0)
+    np.testing.assert_allclose(run(CoVWeighting(), zero_first)[0], run(CoVWeighting(), losses, late)[0], rtol=0, atol=0)
 
 
 def test_later_zeros_are_observations():
     weights, state = run(CoVWeighting(), [(1.0, 1.0), (0.0, 0.9), (0.0, 1.1), (0.5, 1.0)])
-    assert weights.isfinite().all() and state["count"].tolist() == [4, 4]
+    assert np.isfinite(weights).all() and state["count"].tolist() == [4, 4]
 
 
 def test_needs_losses_alone():
@@ -171,10 +172,10 @@ def test_needs_losses_alone():
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
-        ({"decay": 1.0}, "`decay` must be None or lie strictly between 0 and 1. Found `decay = 1.0`"),
+        ({"decay": 1.0}, r"`decay` must be None or in \(0, 1\). Found `decay = 1.0`"),
         ({"decay": 0.0}, "`decay`"),
         ({"decay": float("nan")}, "`decay`"),
-        ({"warmup": 0}, "`warmup` must be at least 1"),
+        ({"warmup": 0}, "`warmup` must be an integer of at least 1. Found `warmup = 0`"),
         ({"total": "two"}, "`total` must be 'one' or 'tasks'. Found `total = 'two'`"),
     ],
 )

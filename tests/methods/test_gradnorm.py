@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -8,12 +9,12 @@ TASKS = ["a", "b", "c"]
 
 
 def vector(*values):
-    return torch.tensor(values, dtype=torch.float64)
+    return np.array(values, dtype=np.float64)
 
 
 def window(losses, norms, present=None):
-    losses, norms = torch.as_tensor(losses).double(), torch.as_tensor(norms).double()
-    present = torch.ones(len(losses), dtype=torch.bool) if present is None else torch.tensor(present)
+    losses, norms = np.asarray(losses, np.float64), np.asarray(norms, np.float64)
+    present = np.ones(len(losses), np.bool_) if present is None else np.asarray(present)
     return Statistics(losses * present, present, norms * present)
 
 
@@ -44,7 +45,7 @@ class Paper:
         self.alpha = alpha
         self.W = torch.randn(4, 5, generator=g, dtype=torch.float64, requires_grad=True)
         self.x = torch.randn(7, 5, generator=g, dtype=torch.float64)
-        self.heads = torch.randn(3, 4, generator=g, dtype=torch.float64) * vector(0.3, 1, 5)[:, None]
+        self.heads = torch.randn(3, 4, generator=g, dtype=torch.float64) * torch.tensor([0.3, 1, 5])[:, None]
         self.y = torch.randn(3, 7, generator=g, dtype=torch.float64)
         self.initial = None
 
@@ -67,7 +68,7 @@ class Paper:
 
     def train(self, w):
         """A step of the shared weights, under w."""
-        gradient = torch.autograd.grad(w.detach() @ self.losses(), self.W)[0]
+        gradient = torch.autograd.grad(torch.tensor(w) @ self.losses(), self.W)[0]
         with torch.no_grad():
             self.W -= 0.02 * gradient
 
@@ -83,9 +84,9 @@ def test_sgd_is_autograd_on_the_weights(alpha):
         expected = expected - lr * torch.autograd.grad(paper.L_grad(leaf), leaf)[0]
         expected = expected * 3 / expected.sum()
         w, state = method.update(state, paper.seen())
-        torch.testing.assert_close(w, expected, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(w, expected, rtol=1e-12, atol=1e-12)
         paper.train(w)
-    assert (w - 1).abs().max() > 0.01
+    assert abs(w - 1).max() > 0.01
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.5])
@@ -99,9 +100,9 @@ def test_adam_is_torch_adam_on_the_logits(alpha):
         v.grad = torch.autograd.grad(paper.L_grad(3 * torch.softmax(v, 0)), v)[0]
         adam.step()
         w, state = method.update(state, paper.seen())
-        torch.testing.assert_close(w, 3 * torch.softmax(v.detach(), 0), rtol=1e-10, atol=1e-10)
+        np.testing.assert_allclose(w, 3 * torch.softmax(v, 0).detach(), rtol=1e-10, atol=1e-10)
         paper.train(w)
-    assert (w - 1).abs().max() > 0.1
+    assert abs(w - 1).max() > 0.1
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -109,7 +110,7 @@ def test_the_slower_task_gets_the_larger_gradient(optimizer):
     """Eq. 1 has exponent +α. Equal norms throughout, so that only the training rates tell the tasks apart."""
     windows = [window([1.0, 1.0], [1.0, 1.0])] + [window([0.9, 0.1], [1.0, 1.0])] * 10
     trajectory, _ = run(GradNorm(alpha=1.0, lr=0.01, optimizer=optimizer), windows)
-    assert torch.equal(trajectory[1], vector(1, 1))
+    assert np.array_equal(trajectory[1], vector(1, 1))
     assert trajectory[-1][0] > 1.05 > 0.95 > trajectory[-1][1]
 
 
@@ -119,7 +120,7 @@ def test_alpha_zero_equalises_norms(optimizer):
     windows = [window([1.0, 2.0, 3.0], n)] * 3000
     trajectory, _ = run(GradNorm(alpha=0, lr=1e-3, optimizer=optimizer), windows)
     G = trajectory[-1] * n
-    torch.testing.assert_close(G, G.mean().expand(3), rtol=0.02, atol=0)
+    np.testing.assert_allclose(G, np.full(3, G.mean()), rtol=0.02, atol=0)
 
 
 def test_alpha_one_has_its_fixed_point_at_the_training_rates():
@@ -128,7 +129,7 @@ def test_alpha_one_has_its_fixed_point_at_the_training_rates():
     windows = [window(L, n)] * 3000
     method = GradNorm(alpha=1.0, lr=2e-3, initial_losses={"a": 1, "b": 1, "c": 1})
     G = run(method, windows)[0][-1] * n
-    torch.testing.assert_close(G / G.mean(), L / L.mean(), rtol=0.03, atol=0)
+    np.testing.assert_allclose(G / G.mean(), L / L.mean(), rtol=0.03, atol=0)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -160,13 +161,13 @@ def test_the_present_tasks_are_balanced_as_if_alone():
     windows = random_windows(30, 2)
     padded = [window([*s.losses, 0.0], [*s.norms, 0.0], [True, True, False]) for s in windows]
     alone, with_absent = run(GradNorm(), windows)[0], run(GradNorm(), padded)[0]
-    torch.testing.assert_close(with_absent[-1], torch.cat([alone[-1], vector(1)]), rtol=1e-12, atol=0)
+    np.testing.assert_allclose(with_absent[-1], [*alone[-1], 1], rtol=1e-12, atol=0)
 
 
 def test_a_window_without_any_task_changes_nothing():
     before, state = run(GradNorm(), random_windows(3, 3))
     w, after = GradNorm().update(state, window([0.0] * 3, [0.0] * 3, [False] * 3))
-    assert torch.equal(w, before[-1]) and all(torch.equal(state[key], after[key]) for key in state)
+    assert np.array_equal(w, before[-1]) and all(np.array_equal(state[key], after[key]) for key in state)
 
 
 def test_initial_losses_are_those_of_the_first_window_with_the_task():
@@ -181,7 +182,7 @@ def test_a_zero_first_loss_waits_for_the_first_positive_one():
     waiting, state = run(GradNorm(), first)
     assert waiting[-1][2] == 1 and state["initial_losses"].tolist() == [2.0, 1.0, 0.0]
     pair = run(GradNorm(), [window([2.0, 1.0], [1.0, 3.0])] * 4)[0]
-    torch.testing.assert_close(waiting[-1][:2], pair[-1], rtol=1e-12, atol=0)
+    np.testing.assert_allclose(waiting[-1][:2], pair[-1], rtol=1e-12, atol=0)
     w, state = GradNorm().update(state, window([2.0, 1.0, 7.0], [1.0, 3.0, 5.0]))
     assert w[2] != 1 and state["initial_losses"].tolist() == [2.0, 1.0, 7.0]
 
@@ -196,7 +197,7 @@ def test_given_initial_losses_are_used_and_the_others_are_found():
 def test_initial_losses_decay_after_they_were_used():
     windows = [window([4.0, 1.0], [1, 1]), window([2.0, 1.0], [1, 1]), window([1.0, 1.0], [1, 1])]
     _, state = run(GradNorm(initial_loss_decay=0.75), windows)
-    torch.testing.assert_close(state["initial_losses"], vector(0.75 * 3.5 + 0.25 * 1, 1))
+    np.testing.assert_allclose(state["initial_losses"], vector(0.75 * 3.5 + 0.25 * 1, 1))
     # L(0) as it was before this window's loss decides: at d = 0 the rate is L(t) / L(t−1).
     (*_, before, after), _ = run(GradNorm(alpha=1.0, initial_loss_decay=0.0), [*windows[:1], windows[1]])
     assert after[1] > before[1]
@@ -204,7 +205,7 @@ def test_initial_losses_decay_after_they_were_used():
 
 def test_losses_that_reach_zero_leave_finite_weights():
     windows = [window([1.0, 1.0], [1, 2])] + [window([0.0, 0.0], [0, 0]), window([0.0, 0.0], [1, 2])] * 3
-    assert all(w.isfinite().all() and abs(w.sum() - 2) < 1e-12 for w in run(GradNorm(), windows)[0])
+    assert all(np.isfinite(w).all() and abs(w.sum() - 2) < 1e-12 for w in run(GradNorm(), windows)[0])
 
 
 def test_only_the_named_tasks_are_balanced():
@@ -214,13 +215,13 @@ def test_only_the_named_tasks_are_balanced():
     assert all(w[1] == 0.3 for w in trajectory)
     pair = [Statistics(s.losses[[0, 2]], s.present[[0, 2]], s.norms[[0, 2]]) for s in windows]
     alone = run(GradNorm(alpha=0.5), pair)[0]
-    torch.testing.assert_close(trajectory[-1][[0, 2]], alone[-1], rtol=1e-12, atol=0)
+    np.testing.assert_allclose(trajectory[-1][[0, 2]], alone[-1], rtol=1e-12, atol=0)
 
 
 def test_adam_does_not_see_the_units_of_the_losses():
     windows = random_windows(50, 3)
     scaled = [window(s.losses * 1e4, s.norms * 1e4) for s in windows]
-    torch.testing.assert_close(run(GradNorm(), windows)[0], run(GradNorm(), scaled)[0], rtol=1e-5, atol=0)
+    np.testing.assert_allclose(run(GradNorm(), windows)[0], run(GradNorm(), scaled)[0], rtol=1e-5, atol=0)
 
 
 def test_alpha_zero_does_not_read_the_losses():
@@ -230,7 +231,7 @@ def test_alpha_zero_does_not_read_the_losses():
     norms = [s.norms for s in random_windows(10, 3)]
     sound = run(method, [window([1.0, 2.0, 3.0], n) for n in norms])[0]
     unsound = run(method, [window([0.0, -2.0, float("nan")], n) for n in norms])[0]
-    torch.testing.assert_close(sound, unsound, rtol=0, atol=0)
+    np.testing.assert_allclose(sound, unsound, rtol=0, atol=0)
 
 
 def test_one_task_keeps_its_weight():
@@ -246,8 +247,11 @@ def test_one_task_keeps_its_weight():
         ({"alpha": float("inf")}, "`alpha`"),
         ({"lr": 0.0}, "`lr` must be positive"),
         ({"optimizer": "rmsprop"}, "`optimizer` must be 'adam' or 'sgd'. Found `optimizer = 'rmsprop'`"),
-        ({"initial_loss_decay": 1.5}, "`initial_loss_decay` must lie between 0 and 1"),
-        ({"initial_losses": {"a": 0.0}}, "`initial_losses` must hold positive"),
+        ({"initial_loss_decay": 1.5}, r"`initial_loss_decay` must be in \[0, 1\]. Found `initial_loss_decay = 1.5`"),
+        (
+            {"initial_losses": {"a": 0.0}},
+            "`initial_losses` must be .* positive and finite. Found `initial_losses = {'a': 0.0}`",
+        ),
     ],
 )
 def test_hyperparameters_are_checked(arguments, found):

@@ -5,6 +5,7 @@ Data in the paper's proportions, scaled so that it can be learned; a plain loop,
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ def sample(g, tasks, size):
 
 @dataclass
 class Result:
-    weights: torch.Tensor
+    weights: np.ndarray
     equilibrium: float  # mean |G_i / (Ḡ r_i^α) − 1| over the last 300 steps
     score: float  # Σ_i test loss / variance
 
@@ -50,17 +51,17 @@ def train(method, at):
         a = trunk(x)
         z = last(a)  # the paper's W is last.weight, so that ∇_W L_i = (∂L_i/∂z)ᵀ a
         L = losses(z, y)
-        seen, n = torch.stack(L).detach().double(), None
+        seen, n = torch.stack(L).detach().double().numpy(), None
         first = seen if first is None else first
         if method.needs:
             deltas = [torch.autograd.grad(L_i, z, retain_graph=True)[0] for L_i in L]
-            n = torch.stack([(d.T @ a.detach() if at == "W" else d).norm() for d in deltas]).double()
+            n = torch.stack([(d.T @ a.detach() if at == "W" else d).norm() for d in deltas]).double().numpy()
             r = seen / first
-            errors.append((w * n / ((w * n).mean() * (r / r.mean()) ** ALPHA) - 1).abs().mean())
+            errors.append(abs(w * n / ((w * n).mean() * (r / r.mean()) ** ALPHA) - 1).mean())
         adam.zero_grad()
-        (w.float() @ torch.stack(L)).backward()  # with the old weights, as in Algorithm 1
+        (torch.from_numpy(w).float() @ torch.stack(L)).backward()  # with the old weights, as in Algorithm 1
         adam.step()
-        w, state = method.update(state, Statistics(seen, torch.ones(2, dtype=torch.bool), n, step=step))
+        w, state = method.update(state, Statistics(seen, np.ones(2, np.bool_), n, step=step))
         assert (w > 0).all() and abs(w.sum() - 2) < 1e-12
     with torch.no_grad():
         test = torch.stack(losses(last(trunk(test_x)), test_y))

@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torchjd.aggregation as tj
@@ -43,8 +44,8 @@ ids = repr
 def jacobian(K, rank, seed=0, scales=None):
     """K gradients in a space of ``rank`` dimensions, float64."""
     generator = torch.Generator().manual_seed(seed)
-    J = torch.randn(K, rank, dtype=torch.float64, generator=generator)
-    return J if scales is None else J * torch.tensor(scales, dtype=torch.float64)[:, None]
+    J = torch.randn(K, rank, dtype=torch.float64, generator=generator).numpy()
+    return J if scales is None else J * np.array(scales, np.float64)[:, None]
 
 
 def gram(J):
@@ -53,9 +54,9 @@ def gram(J):
 
 def window(M, present=None, step=0):
     K = len(M)
-    present = torch.ones(K, dtype=torch.bool) if present is None else torch.tensor(present)
+    present = np.ones(K, np.bool_) if present is None else np.asarray(present)
     M = M * present * present[:, None]
-    return Statistics(torch.ones(K, dtype=torch.float64), present, norms=M.diagonal().sqrt(), gram=M, step=step)
+    return Statistics(np.ones(K), present, norms=np.sqrt(M.diagonal()), gram=M, step=step)
 
 
 def names(K):
@@ -68,6 +69,11 @@ def answer(method, M):
     return method.update(state, window(M))[0]
 
 
+def theirs(weighting, M):
+    """TorchJD's answer."""
+    return weighting(torch.from_numpy(M)).numpy()
+
+
 def normalised(M):
     return M / M.diagonal().mean()
 
@@ -76,31 +82,31 @@ REGULAR = [gram(jacobian(K, K + 3, seed)) for seed, K in enumerate([2, 3, 3, 4, 
 
 
 def vector(*values):
-    return torch.tensor(values, dtype=torch.float64)
+    return np.array(values, np.float64)
 
 
 u = jacobian(1, 5)
 HARD = {
-    "zero": torch.zeros(3, 3, dtype=torch.float64),
+    "zero": np.zeros((3, 3)),
     "one zero row": gram(jacobian(3, 5, 1, [1, 0, 1])),
     "all but one zero": gram(jacobian(3, 5, 1, [0, 0, 1])),
-    "duplicates": gram(torch.cat([u, u, jacobian(1, 5, 3)])),
-    "all equal": gram(u.repeat(4, 1)),
-    "opposite": gram(torch.cat([u, -u])),
-    "opposite, unequal": gram(torch.cat([u, -0.3 * u])),
-    "opposite and a third": gram(torch.cat([u, -u, jacobian(1, 5, 4)])),
-    "opposite in pairs": gram(torch.cat([u, -u, jacobian(1, 5, 4), -jacobian(1, 5, 4)])),
+    "duplicates": gram(np.concatenate([u, u, jacobian(1, 5, 3)])),
+    "all equal": gram(u.repeat(4, 0)),
+    "opposite": gram(np.concatenate([u, -u])),
+    "opposite, unequal": gram(np.concatenate([u, -0.3 * u])),
+    "opposite and a third": gram(np.concatenate([u, -u, jacobian(1, 5, 4)])),
+    "opposite in pairs": gram(np.concatenate([u, -u, jacobian(1, 5, 4), -jacobian(1, 5, 4)])),
     "rank 1": gram(jacobian(4, 1, 5)),
     "rank 2": gram(jacobian(5, 2, 6)),
     "rank 3 of 6": gram(jacobian(6, 3, 7)),
     "scales 1e±10": gram(jacobian(4, 8, 8, [1e10, 1, 1e-10, 1e-5])),
     "scales 1e±10, rank 2": gram(jacobian(4, 2, 9, [1e10, 1, 1e-10, 1e-5])),
-    "scales 1e±10, opposite": gram(torch.cat([1e10 * u, -1e-10 * u, jacobian(1, 5, 3)])),
+    "scales 1e±10, opposite": gram(np.concatenate([1e10 * u, -1e-10 * u, jacobian(1, 5, 3)])),
     "huge": 1e150 * gram(jacobian(3, 5, 10)),
     "tiny": 1e-150 * gram(jacobian(3, 5, 10)),
     "one task": gram(u),
-    "nearly opposite": gram(torch.cat([u, -u + 1e-9 * jacobian(1, 5, 3)])),
-    "nearly equal": gram(torch.cat([u, u + 1e-9 * jacobian(1, 5, 3)])),
+    "nearly opposite": gram(np.concatenate([u, -u + 1e-9 * jacobian(1, 5, 3)])),
+    "nearly equal": gram(np.concatenate([u, u + 1e-9 * jacobian(1, 5, 3)])),
 }
 ALL = {**{f"regular {i}": M for i, M in enumerate(REGULAR)}, **HARD}
 
@@ -108,10 +114,10 @@ ALL = {**{f"regular {i}": M for i, M in enumerate(REGULAR)}, **HARD}
 @pytest.mark.parametrize("method", METHODS, ids=ids)
 def test_any_gram_matrix_gives_finite_weights_of_the_declared_sum_and_sign(method):
     for case, M in ALL.items():
-        before = M.clone()
+        before = M.copy()
         weights = answer(method, M)
-        assert weights.shape == (len(M),) and weights.dtype == torch.float64 and weights.isfinite().all(), case
-        assert torch.equal(M, before), case
+        assert weights.shape == (len(M),) and weights.dtype == np.float64 and np.isfinite(weights).all(), case
+        assert np.array_equal(M, before), case
         if isinstance(method, SUM_ONE):
             assert weights.sum().item() == pytest.approx(1, abs=1e-9), case
         if not isinstance(method, SIGNED):
@@ -135,7 +141,7 @@ def test_any_jacobian(K, rank, seed, scales):
         J[K // 2] = -J[0]
     for method in METHODS:
         weights = answer(method, gram(J))
-        assert weights.isfinite().all()
+        assert np.isfinite(weights).all()
         if isinstance(method, SUM_ONE):
             assert weights.sum().item() == pytest.approx(1, abs=1e-9)
 
@@ -147,13 +153,13 @@ def test_the_order_of_the_tasks_is_of_no_consequence(method):
             continue
         if isinstance(method, PCGrad) and len(M) > 2:  # by its definition: two tasks leave nothing to chance
             continue
-        order = torch.arange(len(M)).roll(1)
+        order = np.roll(np.arange(len(M)), 1)
         weights, permuted = answer(method, M), answer(method, M[order][:, order])
         # ConFIG's length mixes norms 1e±10; a capped CAGrad multiplies the rounding of w by 1,000.
         mixed = isinstance(method, ConFIG) and "scales" in case
         rtol = 1e-3 if mixed else 1e-7
-        atol = 1e-6 * float(weights.abs().max()) if mixed else 1e-6 if isinstance(method, CAGrad) else 1e-8
-        torch.testing.assert_close(permuted, weights[order], rtol=rtol, atol=atol, msg=lambda m, c=case: f"{c}: {m}")
+        atol = 1e-6 * float(abs(weights).max()) if mixed else 1e-6 if isinstance(method, CAGrad) else 1e-8
+        np.testing.assert_allclose(permuted, weights[order], rtol=rtol, atol=atol, err_msg=case)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=ids)
@@ -161,22 +167,22 @@ def test_the_order_of_the_tasks_is_of_no_consequence(method):
 @pytest.mark.parametrize("factor", [2.0**-40, 2.0**40])
 def test_a_common_factor_of_all_gradients_is_of_no_consequence(method, case, factor):
     M = ALL[case]
-    torch.testing.assert_close(answer(method, M * factor), answer(method, M), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(answer(method, M * factor), answer(method, M), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=ids)
 @pytest.mark.parametrize("K", [1, 2, 5])
 def test_initial_weights_are_those_of_orthonormal_gradients_and_of_no_gradient_at_all(method, K):
     initial, _ = method.init(names(K))
-    torch.testing.assert_close(answer(method, torch.eye(K, dtype=torch.float64) * 7), initial, rtol=1e-12, atol=0)
-    torch.testing.assert_close(answer(method, torch.zeros(K, K, dtype=torch.float64)), initial, rtol=1e-12, atol=0)
+    np.testing.assert_allclose(answer(method, np.eye(K) * 7), initial, rtol=1e-12, atol=0)
+    np.testing.assert_allclose(answer(method, np.zeros((K, K))), initial, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("method", [MGDA(), IMTLG()], ids=ids)
 def test_the_sum_is_that_of_the_initial_weights(method):
-    _, state = method.init(names(4), torch.ones(4))
+    _, state = method.init(names(4), np.ones(4))
     weights, state = method.update(state, window(REGULAR[3]))
-    torch.testing.assert_close(weights, 4 * answer(method, REGULAR[3]), rtol=1e-12, atol=0)
+    np.testing.assert_allclose(weights, 4 * answer(method, REGULAR[3]), rtol=1e-12, atol=0)
     weights, _ = method.update(state, window(REGULAR[3], [True, True, False, True]))
     assert weights.sum().item() == pytest.approx(4, abs=1e-12)
 
@@ -185,18 +191,18 @@ def test_the_sum_is_that_of_the_initial_weights(method):
 def test_given_initial_weights_are_kept_until_the_first_update(method):
     weights, state = method.init(["a", "b"], {"a": 0.25, "b": 0.75})
     assert weights.tolist() == [0.25, 0.75]
-    weights, _ = method.update(state, window(torch.zeros(2, 2, dtype=torch.float64), [False, False]))
+    weights, _ = method.update(state, window(np.zeros((2, 2)), [False, False]))
     assert weights.tolist() == [0.25, 0.75]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=ids)
 def test_absent_tasks_keep_their_weight_and_the_present_ones_solve_their_own_problem(method):
     present = [True, False, True, False, True]
-    rows = torch.tensor(present)
+    rows = np.array(present)
     _, state = method.init(names(5))
     first, state = method.update(state, window(REGULAR[4]))
     second, _ = method.update(state, window(gram(jacobian(5, 8, 11)), present))
-    assert torch.equal(second[~rows], first[~rows])
+    assert np.array_equal(second[~rows], first[~rows])
     if isinstance(method, GradientBalancer):
         return  # its averages run on: see below
     alone = method.init(names(3))[1]
@@ -206,7 +212,7 @@ def test_absent_tasks_keep_their_weight_and_the_present_ones_solve_their_own_pro
     if isinstance(method, SUM_ONE):
         expected = expected * first[rows].sum()
         assert second.sum().item() == pytest.approx(1, abs=1e-12)
-    torch.testing.assert_close(second[rows], expected, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(second[rows], expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("method", [MGDA(), IMTLG()], ids=ids)
@@ -221,16 +227,17 @@ def test_where_the_absent_leave_nothing_the_present_keep_their_weights(method, t
 def test_update_is_pure_and_its_state_survives_a_checkpoint(method):
     _, state = method.init(names(4))
     for step, seed in enumerate([1, 2, 3]):
-        copy = {key: value.clone() for key, value in state.items()}
+        copy = {key: value.copy() for key, value in state.items()}
         statistics = window(gram(jacobian(4, 6, seed)), step=step)
         weights, new = method.update(state, statistics)
-        assert all(torch.equal(state[key], copy[key]) for key in copy)
+        assert all(np.array_equal(state[key], copy[key]) for key in copy)
         assert {key: (v.shape, v.dtype) for key, v in new.items()} == {k: (v.shape, v.dtype) for k, v in copy.items()}
         file = io.BytesIO()
-        torch.save(state, file)
+        torch.save({key: torch.from_numpy(value) for key, value in state.items()}, file)
         file.seek(0)
-        again, _ = method.update(torch.load(file, weights_only=True), statistics)
-        assert torch.equal(again, weights)
+        loaded = {key: value.numpy() for key, value in torch.load(file, weights_only=True).items()}
+        again, _ = method.update(loaded, statistics)
+        assert np.array_equal(again, weights)
         state = new
 
 
@@ -238,7 +245,7 @@ def test_update_is_pure_and_its_state_survives_a_checkpoint(method):
 def test_the_users_random_numbers_stay_theirs(method):
     before = torch.get_rng_state()
     answer(method, REGULAR[3])
-    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=ids)
@@ -256,11 +263,11 @@ def least_norm_by_enumeration(M):
     for size in range(1, len(M) + 1):
         for support in itertools.combinations(range(len(M)), size):
             S = M[list(support)][:, list(support)]
-            system = torch.ones(size + 1, size + 1, dtype=M.dtype)
+            system = np.ones((size + 1, size + 1))
             system[:size, :size], system[size, size] = S, 0
-            right = torch.zeros(size + 1, dtype=M.dtype)
+            right = np.zeros(size + 1)
             right[size] = 1
-            alpha = torch.linalg.pinv(system, rtol=1e-13)[:size] @ right
+            alpha = np.linalg.pinv(system, rcond=1e-13)[:size] @ right
             if (alpha >= -1e-12).all() and abs(alpha.sum() - 1) < 1e-9:
                 best = min(best, float(alpha @ S @ alpha))
     return best
@@ -274,8 +281,8 @@ def test_mgda_is_the_shortest_vector_of_the_hull(case):
     tolerance = 1e-9 if case == "nearly equal" else 1e-10
     assert float(alpha @ M @ alpha) <= least_norm_by_enumeration(M) + tolerance
     # TorchJD's Frank-Wolfe stops early: it is never better.
-    theirs = tj.MGDAWeighting(epsilon=1e-6, max_iters=500)(M)
-    assert float(alpha @ M @ alpha) <= float(theirs @ M @ theirs) + tolerance
+    other = theirs(tj.MGDAWeighting(epsilon=1e-6, max_iters=500), M)
+    assert float(alpha @ M @ alpha) <= float(other @ M @ other) + tolerance
 
 
 @pytest.mark.parametrize("case", ALL)
@@ -289,15 +296,15 @@ def test_mgda_meets_the_optimality_condition(case):
 def test_mgda_by_hand():
     # Two gradients: (g2 - g1)·g2 / |g1 - g2|², clipped; orthogonal ones: 1/n².
     a, b, c = 1.0, 0.3, 2.0
-    M = torch.tensor([[a, b], [b, c]], dtype=torch.float64)
+    M = np.array([[a, b], [b, c]])
     expected = (c - b) / (a + c - 2 * b)
-    torch.testing.assert_close(answer(MGDA(), M), vector(expected, 1 - expected))
-    weights = answer(MGDA(), torch.diag(vector(1.0, 1e-10, 2e-10)))
-    torch.testing.assert_close(weights, vector(2e-10 / 3, 2 / 3, 1 / 3), rtol=1e-9, atol=0)
-    assert answer(MGDA(), gram(torch.tensor([[1.0, 0.0], [2.0, 0.0]], dtype=torch.float64))).tolist() == [1, 0]
-    torch.testing.assert_close(answer(MGDA(), HARD["one zero row"]), vector(0, 1, 0))
-    weights = answer(MGDA(normalize="norm"), torch.diag(vector(1e-8, 1.0, 1e8)))
-    torch.testing.assert_close(weights, vector(1 / 3, 1 / 3, 1 / 3))
+    np.testing.assert_allclose(answer(MGDA(), M), vector(expected, 1 - expected))
+    weights = answer(MGDA(), np.diag(vector(1.0, 1e-10, 2e-10)))
+    np.testing.assert_allclose(weights, vector(2e-10 / 3, 2 / 3, 1 / 3), rtol=1e-9, atol=0)
+    assert answer(MGDA(), gram(np.array([[1.0, 0.0], [2.0, 0.0]]))).tolist() == [1, 0]
+    np.testing.assert_allclose(answer(MGDA(), HARD["one zero row"]), vector(0, 1, 0))
+    weights = answer(MGDA(normalize="norm"), np.diag(vector(1e-8, 1.0, 1e8)))
+    np.testing.assert_allclose(weights, vector(1 / 3, 1 / 3, 1 / 3))
 
 
 @pytest.mark.parametrize("c", [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9])
@@ -306,8 +313,8 @@ def test_cagrad_takes_coinciding_gradients(K: int, c: float) -> None:
     """Both ends of the interval of its root then coincide up to rounding, on some processors exactly."""
     for seed in range(20):
         row = torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        weights = answer(CAGrad(c=c), gram(row.repeat(K, 1)))
-        torch.testing.assert_close(weights, torch.full((K,), (1 + c) / K, dtype=torch.float64))
+        weights = answer(CAGrad(c=c), gram(row.numpy()[None].repeat(K, 0)))
+        np.testing.assert_allclose(weights, np.full(K, (1 + c) / K), rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("method", [MGDA(), CAGrad()], ids=ids)
@@ -335,14 +342,14 @@ def test_pcgrad_is_torchjds_under_the_same_orders(case, seed):
         weights, state = method.update(state, window(M))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mixed_seed(seed, counter))
-            expected = tj.PCGradWeighting()(normalised(M))
-        torch.testing.assert_close(weights, expected, rtol=1e-9, atol=1e-9)
+            expected = theirs(tj.PCGradWeighting(), normalised(M))
+        np.testing.assert_allclose(weights, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_pcgrad_of_two_tasks_by_hand():
-    J = torch.tensor([[1.0, 0.0], [-1.0, 0.5]], dtype=torch.float64)
+    J = np.array([[1.0, 0.0], [-1.0, 0.5]])
     cut = [g - min(g @ h / (h @ h), 0) * h for g, h in [(J[0], J[1]), (J[1], J[0])]]
-    torch.testing.assert_close(answer(PCGrad(), gram(J)) @ J, cut[0] + cut[1])
+    np.testing.assert_allclose(answer(PCGrad(), gram(J)) @ J, cut[0] + cut[1])
 
 
 def test_pcgrads_orders_depend_on_the_seed_and_the_counter_alone():
@@ -355,13 +362,13 @@ def test_pcgrads_orders_depend_on_the_seed_and_the_counter_alone():
             torch.rand(noise)  # the global generator is of no consequence
             weights, state = method.update(state, window(M))
             out.append(weights)
-        return torch.stack(out), state
+        return np.stack(out), state
 
     whole, _ = run(PCGrad(3), 6)
     first, state = run(PCGrad(3), 3, noise=7)
     rest, _ = run(PCGrad(3), 3, state, noise=2)
-    assert torch.equal(whole, torch.cat([first, rest]))
-    assert not torch.equal(whole[0], whole[1]) and not torch.equal(whole, run(PCGrad(4), 6)[0])
+    assert np.array_equal(whole, np.concatenate([first, rest]))
+    assert not np.array_equal(whole[0], whole[1]) and not np.array_equal(whole, run(PCGrad(4), 6)[0])
 
 
 # CAGrad
@@ -377,13 +384,13 @@ def test_cagrad_closes_the_duality_gap(case, c):
     K = len(M)
     w = answer(CAGrad(c), M) - 1 / K
     s = w.sum()
-    b, root_phi = M.mean(1), c * M.mean().clamp(min=0).sqrt()
+    b, root_phi = M.mean(1), c * max(M.mean(), 0) ** 0.5
     primal = float((b + M @ w).min())
-    radius = float((w @ M @ w).clamp(min=0).sqrt())
+    radius = float(max(w @ M @ w, 0) ** 0.5)
     assert (w >= -1e-12).all() and radius <= root_phi + 1e-10
     if s < LIMIT * (1 - 1e-9):
         w = w / s
-        dual = float(b @ w + root_phi * (w @ M @ w).clamp(min=0).sqrt())
+        dual = float(b @ w + root_phi * max(w @ M @ w, 0) ** 0.5)
         assert 0 <= dual - primal + 1e-10 <= 2e-10
     else:
         assert primal >= -2 / LIMIT  # Pareto-stationary: the optimum is 0
@@ -393,20 +400,20 @@ def test_cagrad_closes_the_duality_gap(case, c):
 @pytest.mark.parametrize("i", range(len(REGULAR)))
 def test_cagrad_is_torchjds_and_better(i, c):
     M = normalised(REGULAR[i])
-    ours, theirs = answer(CAGrad(c), M), tj.CAGradWeighting(c=c)(M)
-    torch.testing.assert_close(
-        ours, theirs, rtol=0, atol=5e-4
+    ours, other = answer(CAGrad(c), M), theirs(tj.CAGradWeighting(c=c), M)
+    np.testing.assert_allclose(
+        ours, other, rtol=0, atol=5e-4
     )  # the solver stops at about 1e-8 of the objective, which is flat
-    assert (M @ ours).min() >= (M @ theirs).min() - 1e-4
+    assert (M @ ours).min() >= (M @ other).min() - 1e-4
 
 
 def test_cagrad_by_hand():
-    torch.testing.assert_close(answer(CAGrad(0), REGULAR[3]), vector(0.25, 0.25, 0.25, 0.25))
-    assert torch.equal(answer(CAGrad(), HARD["opposite"]), vector(0.5, 0.5))
+    np.testing.assert_allclose(answer(CAGrad(0), REGULAR[3]), vector(0.25, 0.25, 0.25, 0.25))
+    assert np.array_equal(answer(CAGrad(), HARD["opposite"]), vector(0.5, 0.5))
     # One gradient much longer than the other, no conflict: all of w on the short one, s = c‖g_0‖/n.
-    M = torch.tensor([[1.0, 0.0], [0.0, 100.0]], dtype=torch.float64)
+    M = np.array([[1.0, 0.0], [0.0, 100.0]])
     c, g0 = 0.1, 101**0.5 / 2
-    torch.testing.assert_close(answer(CAGrad(c), M), vector(0.5 + c * g0, 0.5))
+    np.testing.assert_allclose(answer(CAGrad(c), M), vector(0.5 + c * g0, 0.5))
 
 
 # IMTL-G
@@ -415,33 +422,32 @@ def test_cagrad_by_hand():
 @pytest.mark.parametrize("M", REGULAR)
 def test_imtlg_projects_equally_and_is_torchjds(M):
     alpha = answer(IMTLG(), M)
-    projections = M @ alpha / M.diagonal().sqrt()
-    torch.testing.assert_close(projections, projections.mean().expand(len(M)), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(alpha, tj.IMTLGWeighting()(M), rtol=1e-8, atol=1e-8)
+    projections = M @ alpha / np.sqrt(M.diagonal())
+    np.testing.assert_allclose(projections, np.full(len(M), projections.mean()), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(alpha, theirs(tj.IMTLGWeighting(), M), rtol=1e-8, atol=1e-8)
 
 
 def test_imtlg_does_not_see_the_scale_of_a_loss():
     M = gram(jacobian(4, 9, 14) + 1)
     factors = vector(1e5, 1.0, 1e-5, 3.0)
-    pull = answer(IMTLG(), M) * M.diagonal().sqrt()
+    pull = answer(IMTLG(), M) * np.sqrt(M.diagonal())
     scaled = M * factors * factors[:, None]
-    scaled_pull = answer(IMTLG(), scaled) * scaled.diagonal().sqrt()
-    torch.testing.assert_close(scaled_pull / scaled_pull.sum(), pull / pull.sum(), rtol=1e-9, atol=0)
+    scaled_pull = answer(IMTLG(), scaled) * np.sqrt(scaled.diagonal())
+    np.testing.assert_allclose(scaled_pull / scaled_pull.sum(), pull / pull.sum(), rtol=1e-9, atol=0)
 
 
 def test_imtlg_where_the_paper_has_no_answer():
     half = vector(0.5, 0.5)
-    assert torch.equal(answer(IMTLG(), HARD["opposite"]), half)
-    torch.testing.assert_close(answer(IMTLG(), HARD["opposite, unequal"]), vector(0.3, 1.0) / 1.3)
-    torch.testing.assert_close(answer(IMTLG(), HARD["all equal"]), vector(0.25, 0.25, 0.25, 0.25))
+    assert np.array_equal(answer(IMTLG(), HARD["opposite"]), half)
+    np.testing.assert_allclose(answer(IMTLG(), HARD["opposite, unequal"]), vector(0.3, 1.0) / 1.3)
+    np.testing.assert_allclose(answer(IMTLG(), HARD["all equal"]), vector(0.25, 0.25, 0.25, 0.25))
     assert answer(IMTLG(), HARD["one zero row"])[1] == 0
     # Here the paper's closed form has a negative sum before it is normalised: its update is uphill for every task.
-    C = torch.tensor([[1.0, 0.9, 0.8], [0.9, 1.0, 0.5], [0.8, 0.5, 1.0]], dtype=torch.float64)
+    C = np.array([[1.0, 0.9, 0.8], [0.9, 1.0, 0.5], [0.8, 0.5, 1.0]])
     n = vector(0.05, 1.0, 1.0)
     M = C * n * n[:, None]
-    theirs = tj.IMTLGWeighting()(M)
-    assert (M @ theirs < 0).all()
-    torch.testing.assert_close(answer(IMTLG(), M), 1 / n / (1 / n).sum())
+    assert (M @ theirs(tj.IMTLGWeighting(), M) < 0).all()
+    np.testing.assert_allclose(answer(IMTLG(), M), 1 / n / (1 / n).sum())
 
 
 # Aligned-MTL
@@ -451,26 +457,26 @@ def test_imtlg_where_the_paper_has_no_answer():
 @pytest.mark.parametrize("case", [case for case in ALL if "scales" not in case and not case.startswith("nearly")])
 def test_aligned_mtl_is_torchjds(case, scale):
     M = ALL[case]
-    expected = tj.AlignedMTLWeighting(scale_mode=scale)(normalised(M) if M.any() else M)
-    torch.testing.assert_close(answer(AlignedMTL(scale), M), expected, rtol=1e-8, atol=1e-8)
+    expected = theirs(tj.AlignedMTLWeighting(scale_mode=scale), normalised(M) if M.any() else M)
+    np.testing.assert_allclose(answer(AlignedMTL(scale), M), expected, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("M", REGULAR)
 def test_aligned_mtl_is_the_mean_of_orthogonal_gradients_of_length_sigma(M):
     weights = answer(AlignedMTL(), M)
     # ‖(1/K) Σ ĝ_k‖² = σ²/K if the ĝ_k are orthogonal, of length σ; and ĝ_k·(their mean) = σ²/K for each.
-    sigma2 = torch.linalg.eigvalsh(M)[0]
-    torch.testing.assert_close(weights @ M @ weights, sigma2 / len(M), rtol=1e-9, atol=0)
+    sigma2 = np.linalg.eigvalsh(M)[0]
+    np.testing.assert_allclose(weights @ M @ weights, sigma2 / len(M), rtol=1e-9, atol=0)
 
 
 def test_aligned_mtl_takes_the_rank_from_the_cosines():
-    torch.testing.assert_close(answer(AlignedMTL(), torch.diag(vector(1.0, 1e-10))), vector(0.5e-5, 0.5))
+    np.testing.assert_allclose(answer(AlignedMTL(), np.diag(vector(1.0, 1e-10))), vector(0.5e-5, 0.5))
     # Equal gradients that differ by float32 rounding count as equal: their difference does not set σ.
     J = jacobian(3, 40, 15)
     J[1] = J[0] * (1 + 1e-7 * jacobian(1, 40, 16))[0]
     weights = answer(AlignedMTL(), gram(J))
     J[1] = J[0]
-    torch.testing.assert_close(weights, answer(AlignedMTL(), gram(J)), rtol=1e-5, atol=0)
+    np.testing.assert_allclose(weights, answer(AlignedMTL(), gram(J)), rtol=1e-5, atol=0)
 
 
 # Nash-MTL
@@ -481,16 +487,16 @@ def test_nash_solves_its_equation(case):
     M = normalised(ALL[case])
     alpha = answer(NashMTL(), M)
     left, right = M @ alpha + alpha / LIMIT**2, 1 / alpha
-    torch.testing.assert_close(alpha * left, alpha * right, rtol=0, atol=2e-8 if alpha.max() > 10 else 1e-12)
+    np.testing.assert_allclose(alpha * left, alpha * right, rtol=0, atol=2e-8 if alpha.max() > 10 else 1e-12)
 
 
 def test_nash_by_hand():
     # Two tasks: α_k ∝ 1/n_k (the paper's case), here α_k n_k = 1/√(1 + cos).
     n, cos = vector(1.0, 3.0), -0.4
-    M = torch.tensor([[1.0, cos], [cos, 1.0]], dtype=torch.float64) * n * n[:, None]
-    scale = M.diagonal().mean().sqrt()
+    M = np.array([[1.0, cos], [cos, 1.0]]) * n * n[:, None]
+    scale = M.diagonal().mean() ** 0.5
     expected = scale / n / (1 + cos) ** 0.5
-    torch.testing.assert_close(answer(NashMTL(), M), expected, rtol=1e-5, atol=0)
+    np.testing.assert_allclose(answer(NashMTL(), M), expected, rtol=1e-5, atol=0)
 
 
 # ConFIG
@@ -501,38 +507,38 @@ def test_nash_by_hand():
 def test_config_is_torchjds_which_sees_the_whole_matrix(seed, rank):
     J = jacobian(4, rank, seed)
     weights = answer(ConFIG(), gram(J))
-    torch.testing.assert_close(weights @ J, tj.ConFIG()(J), rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(weights @ J, theirs(tj.ConFIG(), J), rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("M", REGULAR)
 def test_config_has_the_same_cosine_to_every_gradient(M):
     w = answer(ConFIG(), M)
-    projections = M @ w / M.diagonal().sqrt()
-    torch.testing.assert_close(projections, projections.mean().expand(len(M)), rtol=1e-9, atol=1e-12)
+    projections = M @ w / np.sqrt(M.diagonal())
+    np.testing.assert_allclose(projections, np.full(len(M), projections.mean()), rtol=1e-9, atol=1e-12)
     assert (projections > 0).all()
-    length = (w @ M @ w).sqrt()
-    torch.testing.assert_close(length, (M @ w).sum() / length, rtol=1e-9, atol=0)
+    length = (w @ M @ w) ** 0.5
+    np.testing.assert_allclose(length, (M @ w).sum() / length, rtol=1e-9, atol=0)
 
 
 def test_config_where_the_directions_cancel_out():
     weights = answer(ConFIG(), HARD["opposite, unequal"])
-    torch.testing.assert_close(weights, 0.65 / vector(1.0, 0.3))
-    nearly = torch.tensor([[1.0, -0.3 * (1 - 1e-5)], [-0.3 * (1 - 1e-5), 0.09]], dtype=torch.float64)
-    torch.testing.assert_close(answer(ConFIG(), nearly), weights)
+    np.testing.assert_allclose(weights, 0.65 / vector(1.0, 0.3))
+    nearly = np.array([[1.0, -0.3 * (1 - 1e-5)], [-0.3 * (1 - 1e-5), 0.09]])
+    np.testing.assert_allclose(answer(ConFIG(), nearly), weights)
 
 
 # EnCodec's balancer
 
 
 def norms_window(norms, present):
-    return Statistics(torch.ones(len(norms)), torch.tensor(present), norms=vector(*norms))
+    return Statistics(np.ones(len(norms)), present, norms=norms)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])
 def test_balancer_is_encodecs_on_global_norms(decay):
     method = GradientBalancer({"a": 1.0, "b": 4.0, "c": 2.0}, decay=decay, total_norm=1.5)
     weights, state = method.init(["a", "b", "c"])
-    torch.testing.assert_close(weights, 1.5 * vector(1.0, 4.0, 2.0) / 7)
+    np.testing.assert_allclose(weights, 1.5 * vector(1.0, 4.0, 2.0) / 7)
     history = {"a": [], "b": [], "c": []}
     for norms, present in [
         ([1.0, 10.0, 3.0], [True, True, True]),
@@ -559,10 +565,10 @@ def test_balancer_keeps_the_total_norm_by_default():
     method = GradientBalancer({"b": 2.0})
     _, state = method.init(["a", "b", "c"])
     weights, state = method.update(state, norms_window(norms.tolist(), [True] * 3))
-    torch.testing.assert_close(weights * norms, 14 * vector(0.25, 0.5, 0.25))
+    np.testing.assert_allclose(weights * norms, 14 * vector(0.25, 0.5, 0.25))
     # A gradient that has always been zero says nothing yet.
     weights, _ = method.update(method.init(["a", "b", "c"])[1], norms_window([1.0, 0.0, 3.0], [True] * 3))
-    torch.testing.assert_close(weights, vector(2.0, 1.5, 2 / 3))
+    np.testing.assert_allclose(weights, vector(2.0, 1.5, 2 / 3))
 
 
 @pytest.mark.parametrize(
@@ -572,7 +578,7 @@ def test_balancer_keeps_the_total_norm_by_default():
         (lambda: CAGrad(c=1.0), "`c` must be in"),
         (lambda: CAGrad(c=-0.1), "`c` must be in"),
         (lambda: AlignedMTL(scale="max"), "`scale`"),
-        (lambda: GradientBalancer({"a": 0.0}), "`shares` must be positive"),
+        (lambda: GradientBalancer({"a": 0.0}), "`shares` must be None or a mapping of .* positive and finite"),
         (lambda: GradientBalancer(decay=1.1), "`decay`"),
         (lambda: GradientBalancer(total_norm=-1.0), "`total_norm`"),
         (lambda: GradientBalancer({"x": 1.0}).init(["a", "b"]), r"name tasks out of \['a', 'b'\]"),

@@ -8,6 +8,7 @@ faces, of which K tasks have 2^K − 1.
 import itertools
 
 import mpmath as mp
+import numpy as np
 import pytest
 import torch
 import torchjd.aggregation as tj
@@ -328,8 +329,8 @@ def answer(method, J):
     K = len(J)
     M = J @ J.T
     _, state = method.init([f"task{k}" for k in range(K)])
-    everyone = torch.ones(K, dtype=torch.bool)
-    return method.update(state, Statistics(torch.ones(K).double(), everyone, M.diagonal().sqrt(), M))[0]
+    weights, _ = method.update(state, Statistics(np.ones(K), np.ones(K, np.bool_), M.diagonal().sqrt(), M))
+    return torch.from_numpy(weights)  # the references are in torch
 
 
 def apart(weights, expected, A):
@@ -411,14 +412,14 @@ def test_torchjd_has_the_same_weights(method, weighting):
     cases = [case for case in CASES if case not in SINGULAR or method != IMTLG()]
     for case in cases:
         ours = answer(method, GRADIENTS[case])
-        torch.testing.assert_close(ours, theirs(weighting, GRADIENTS[case]), rtol=1e-8, atol=1e-8, msg=case)
+        np.testing.assert_allclose(ours, theirs(weighting, GRADIENTS[case]), rtol=1e-8, atol=1e-8, err_msg=case)
 
 
 def test_torchjds_config_has_the_same_gradient():
     """It wants the gradients themselves. Its Nash-MTL does, too; it needs ECOS, and stops after 20 linear problems."""
     for case in CASES:
         J = GRADIENTS[case] / GRADIENTS[case].square().sum(1).mean().sqrt()
-        torch.testing.assert_close(answer(ConFIG(), J) @ J, tj.ConFIG()(J), rtol=1e-8, atol=1e-8, msg=case)
+        np.testing.assert_allclose(answer(ConFIG(), J) @ J, tj.ConFIG()(J), rtol=1e-8, atol=1e-8, err_msg=case)
 
 
 @pytest.mark.parametrize("c", [0.1, 0.5, 0.9])
@@ -431,7 +432,7 @@ def test_torchjds_cagrad_is_near_and_farther_from_the_optimum(c):
         J = GRADIENTS[case] / GRADIENTS[case].square().sum(1).mean().sqrt()
         ours, other = answer(CAGrad(c), J) @ J, theirs(tj.CAGradWeighting(c=c), J) @ J
         if other.any():
-            torch.testing.assert_close(ours, other, rtol=0, atol=1e-4, msg=case)
+            np.testing.assert_allclose(ours, other, rtol=0, atol=1e-4, err_msg=case)
             allowed = c * J.mean(0).norm()
             assert (ours - J.mean(0)).norm() <= allowed * (1 + 1e-9)
             inside = J.mean(0) + (other - J.mean(0)) * min(1, float(allowed / (other - J.mean(0)).norm()))

@@ -50,9 +50,9 @@ ids = pytest.mark.parametrize("name", METHODS)
 
 
 def window(losses, present=None):
-    losses = torch.as_tensor(np.asarray(losses), dtype=torch.float64)
-    present = torch.ones(len(losses), dtype=torch.bool) if present is None else torch.tensor(list(map(bool, present)))
-    return Statistics(losses.where(present, 0.0), present)
+    losses = np.asarray(losses, np.float64)
+    present = np.ones(len(losses), np.bool_) if present is None else np.asarray(present, np.bool_)
+    return Statistics(np.where(present, losses, 0.0), present)
 
 
 def random_losses(steps=STEPS, tasks=K, seed=0):
@@ -71,7 +71,7 @@ def trajectory(method, losses, tasks=TASKS, initial_weights=None, present=None):
     for t, row in enumerate(losses):
         weights, state = method.update(state, window(row, None if present is None else present[t]))
         rows.append(weights)
-    return torch.stack(rows).numpy(), state
+    return np.stack(rows), state
 
 
 def close(ours, reference):
@@ -97,27 +97,27 @@ def test_adam_is_torchs_where_all_are_active(decay):
     gradients = torch.randn(STEPS, K, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     theirs = torch.nn.Parameter(torch.zeros(K, dtype=torch.float64))
     optimizer = torch.optim.Adam([theirs], lr=0.03, weight_decay=decay)
-    ours, state = theirs.detach().clone(), adam_state(K)
+    ours, state = np.zeros(K), adam_state(K)
     for g in gradients:
-        ours, state = adam_step(ours, g + decay * ours, state, torch.ones(K, dtype=torch.bool), lr=0.03)
+        ours, state = adam_step(ours, g.numpy() + decay * ours, state, np.ones(K, np.bool_), lr=0.03)
         theirs.grad = g.clone()
         optimizer.step()
-    torch.testing.assert_close(ours, theirs.detach(), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(ours, theirs.detach(), rtol=1e-12, atol=1e-14)
 
 
 def test_adam_of_a_task_that_comes_and_goes_is_that_of_its_own_steps():
-    gradients = torch.randn(STEPS, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    both, state = torch.zeros(2, dtype=torch.float64), adam_state(2)
-    alone, alone_state = torch.zeros(1, dtype=torch.float64), adam_state(1)
+    gradients = torch.randn(STEPS, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).numpy()
+    both, state = np.zeros(2), adam_state(2)
+    alone, alone_state = np.zeros(1), adam_state(1)
     for t, g in enumerate(gradients):
-        active = torch.tensor([True, t % 3 == 1])
-        g = g.where(active, math.nan)  # what an absent task brings is not read
+        active = np.array([True, t % 3 == 1])
+        g = np.where(active, g, math.nan)  # what an absent task brings is not read
         both, state = adam_step(both, g, state, active, lr=0.1)
         if active[1]:
             alone, alone_state = adam_step(alone, g[1:], alone_state, active[1:], lr=0.1)
-    assert torch.equal(both[1:], alone)
-    assert all(torch.equal(state[key][1:], alone_state[key]) for key in state)
-    assert both.isfinite().all()
+    assert np.array_equal(both[1:], alone)
+    assert all(np.array_equal(state[key][1:], alone_state[key]) for key in state)
+    assert np.isfinite(both).all()
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -323,12 +323,12 @@ def test_absent_tasks_keep_weight_and_state_and_the_others_share(name):
         present = generator.random(K) < 0.7
         before, before_state = weights, state
         weights, state = method.update(state, window(L, present))
-        assert torch.equal(weights[~present], before[~present])
+        assert np.array_equal(weights[~present], before[~present])
         for key, value in state.items():
             assert value.shape == before_state[key].shape
             assert value.dtype == before_state[key].dtype
             if value.ndim:
-                assert torch.equal(value[~present], before_state[key][~present]), key
+                assert np.array_equal(value[~present], before_state[key][~present]), key
         assert (weights > 0).all()
         if total is not None:
             assert math.isclose(weights.sum(), total, rel_tol=1e-12)
@@ -373,10 +373,10 @@ def test_update_is_pure(name):
     statistics = window([0.3, 2.0, 5.0], [1, 0, 1])
     kept_state, kept = copy.deepcopy(state), copy.deepcopy(statistics)
     first, second = method.update(state, statistics), method.update(state, statistics)
-    assert all(torch.equal(state[key], kept_state[key]) for key in kept_state)
-    assert torch.equal(statistics.losses, kept.losses)
-    assert torch.equal(statistics.present, kept.present)
-    assert torch.equal(first[0], second[0])  # so lag=0 may ask as often as there are micro-batches
+    assert all(np.array_equal(state[key], kept_state[key]) for key in kept_state)
+    assert np.array_equal(statistics.losses, kept.losses)
+    assert np.array_equal(statistics.present, kept.present)
+    assert np.array_equal(first[0], second[0])  # so lag=0 may ask as often as there are micro-batches
 
 
 @ids
@@ -386,12 +386,12 @@ def test_a_saved_state_goes_on_where_it_was(name):
     weights, _ = trajectory(method, losses)
     _, state = trajectory(method, losses[:40])
     file = io.BytesIO()
-    torch.save(state, file)
+    torch.save({key: torch.from_numpy(value) for key, value in state.items()}, file)
     file.seek(0)
-    state = torch.load(file, weights_only=True)
+    state = {key: value.numpy() for key, value in torch.load(file, weights_only=True).items()}
     for t, L in enumerate(losses[40:], start=41):
         resumed, state = method.update(state, window(L))
-        assert torch.equal(resumed, torch.tensor(weights[t]))
+        assert np.array_equal(resumed, weights[t])
 
 
 @pytest.mark.parametrize(
@@ -423,9 +423,9 @@ def test_extremes_stay_finite(name, rows):
     for row in rows:
         losses = [0.0 if exponent is None else 10.0**exponent for exponent, _ in row]
         weights, state = method.update(state, window(losses, [here for _, here in row]))
-        assert weights.isfinite().all()
+        assert np.isfinite(weights).all()
         assert (weights > 0).all()
-        assert all(value.isfinite().all() for value in state.values())
+        assert all(np.isfinite(value).all() for value in state.values())
         if total is None:
             assert (weights >= FLOOR).all()
         else:
@@ -455,7 +455,7 @@ def test_positive_parameters(method, name, wrong):
     [(DynamicWeightAverage, "steps_per_epoch"), (SoftAdapt, "history"), (SmoothTchebycheff, "warmup")],
 )
 def test_counts(method, name, wrong):
-    with pytest.raises(ValueError, match=rf"`{name}` must be a positive integer\. Found `{name} = {wrong}`"):
+    with pytest.raises(ValueError, match=rf"`{name}` must be an integer of at least 1\. Found `{name} = {wrong}`"):
         method(**{name: wrong})
 
 
@@ -467,16 +467,22 @@ def test_counts(method, name, wrong):
         (lambda: RandomLossWeighting("uniform"), "`distribution` must be 'normal' or 'dirichlet'. Found"),
         (lambda: RandomLossWeighting(seed="0"), "`seed` must be an integer. Found"),
         (lambda: ReLoBRaLo(seed=0.5), "`seed` must be an integer. Found"),
-        (lambda: ReLoBRaLo(alpha=1.1), r"`alpha` must lie in \[0, 1\]. Found"),
-        (lambda: ReLoBRaLo(rho=-0.1), r"`rho` must lie in \[0, 1\]. Found"),
+        (lambda: ReLoBRaLo(alpha=1.1), r"`alpha` must be in \[0, 1\]. Found"),
+        (lambda: ReLoBRaLo(rho=-0.1), r"`rho` must be in \[0, 1\]. Found"),
         (lambda: SoftAdapt(beta=math.nan), "`beta` must be finite. Found"),
         (
             lambda: SoftAdapt(variant="weighted"),
             "`variant` must be 'original', 'normalized' or 'loss_weighted'. Found",
         ),
-        (lambda: FAMO(gamma=-1), "`gamma` must be finite and not negative. Found"),
-        (lambda: FAMO(min_losses={"a": -1.0}), "`min_losses` must hold finite numbers from 0 on. Found {'a': -1.0}"),
-        (lambda: FAMO(min_losses={"d": 1.0}).init(TASKS), "`min_losses` must name tasks out of .* Found ..d"),
+        (lambda: FAMO(gamma=-1), "`gamma` must be finite and at least 0. Found"),
+        (
+            lambda: FAMO(min_losses={"a": -1.0}),
+            "`min_losses` must be None or a mapping of .* finite and at least 0. Found `min_losses = {'a': -1.0}`",
+        ),
+        (
+            lambda: FAMO(min_losses={"d": 1.0}).init(TASKS),
+            "`min_losses` must name tasks out of .* names `..d",
+        ),
     ],
 )
 def test_wrong_arguments(make, message):

@@ -1,7 +1,9 @@
 import copy
+import math
 import pickle
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,8 +19,8 @@ TASKS = ["a", "b", "c", "d"]
 def windows(steps, absent=0.0, seed=0):
     g = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        losses, norms = torch.rand(2, 4, generator=g, dtype=torch.float64) * 5 + 0.1
-        present = torch.rand(4, generator=g) >= absent
+        losses, norms = torch.rand(2, 4, generator=g, dtype=torch.float64).numpy() * 5 + 0.1
+        present = torch.rand(4, generator=g).numpy() >= absent
         present[0] = True
         yield Statistics(losses * present, present, norms * present)
 
@@ -30,7 +32,7 @@ def run(method, seen):
     for statistics in seen:
         w, state = method.update(state, statistics)
         weights.append(w)
-    return torch.stack(weights)
+    return np.stack(weights)
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,14 @@ class Scripted(Method):
     script: tuple
 
     def init(self, tasks, initial_weights=None):
-        return torch.tensor(self.script[0], dtype=torch.float64), {"row": torch.tensor(0)}
+        return np.array(self.script[0], np.float64), {"row": np.asarray(0)}
 
     def update(self, state, statistics):
-        row = state["row"] + 1
-        return torch.tensor(self.script[int(row)], dtype=torch.float64), {"row": row}
+        row = np.asarray(state["row"] + 1)
+        return np.array(self.script[int(row)], np.float64), {"row": row}
 
 
-ALL = torch.ones(3, dtype=torch.bool)
-THREE = Statistics(torch.zeros(3).double(), ALL)
+THREE = Statistics(np.zeros(3), np.ones(3, np.bool_))
 
 
 def test_smooth_is_a_moving_average():
@@ -56,25 +57,25 @@ def test_smooth_is_a_moving_average():
     expected = inner[0]
     for w, smoothed in zip(inner[1:], smooth[1:], strict=True):
         expected = 0.8 * expected + 0.2 * w
-        torch.testing.assert_close(smoothed, expected, rtol=1e-12, atol=0)
+        np.testing.assert_allclose(smoothed, expected, rtol=1e-12, atol=0)
 
 
 def test_warmup_keeps_the_initial_weights_while_the_method_learns():
     inner, warm = run(CoVWeighting(), windows(20)), run(Warmup(CoVWeighting(), 5), windows(20))
     assert (warm[:6] == warm[0]).all() and (inner[5] != inner[0]).all()
-    assert torch.equal(warm[6:], inner[6:])
+    assert np.array_equal(warm[6:], inner[6:])
 
 
 def test_every_updates_at_the_first_window_and_then_rarely():
     seen = list(windows(10))
     every, rare = run(Every(GradNorm(), 3), seen), run(GradNorm(), seen[::3])
-    assert torch.equal(every[1:], rare[1:].repeat_interleave(3, 0)[:10])
+    assert np.array_equal(every[1:], rare[1:].repeat(3, 0)[:10])
 
 
 @pytest.mark.parametrize("method", [Smooth(GradNorm(), 0.0), Warmup(GradNorm(), 0), Every(GradNorm(), 1)])
 def test_settings_that_change_nothing(method):
     seen = list(windows(20, absent=0.3))
-    torch.testing.assert_close(run(method, seen), run(GradNorm(), seen), rtol=1e-14, atol=0)
+    np.testing.assert_allclose(run(method, seen), run(GradNorm(), seen), rtol=1e-14, atol=0)
 
 
 def clamped(weights, low, high):
@@ -100,13 +101,13 @@ def test_clamp_is_the_exact_scaled_clip():
     """Against bisection on λ in clip(λ w, low, high)."""
     g = torch.Generator().manual_seed(0)
     for _ in range(200):
-        w = torch.rand(3, generator=g, dtype=torch.float64) ** 6 + 1e-3
+        w = torch.rand(3, generator=g, dtype=torch.float64).numpy() ** 6 + 1e-3
         w = 3 * w / w.sum()
-        down, up = torch.tensor(1e-6).double(), torch.tensor(1e6).double()
+        down, up = 1e-6, 1e6
         for _ in range(200):
-            middle = (down * up).sqrt()
-            down, up = (middle, up) if (middle * w).clamp(0.6, 1.7).sum() < 3 else (down, middle)
-        torch.testing.assert_close(clamped(w.tolist(), 0.6, 1.7), (up * w).clamp(0.6, 1.7), rtol=1e-12, atol=1e-12)
+            middle = math.sqrt(down * up)
+            down, up = (middle, up) if (middle * w).clip(0.6, 1.7).sum() < 3 else (down, middle)
+        np.testing.assert_allclose(clamped(w.tolist(), 0.6, 1.7), (up * w).clip(0.6, 1.7), rtol=1e-12, atol=1e-12)
 
 
 def test_clamp_of_a_method_without_a_sum_stops_at_its_bounds():
@@ -118,7 +119,7 @@ def test_clamp_keeps_bounds_and_sum_over_a_run():
     free = run(GradNorm(lr=0.2), windows(100, absent=0.3))
     w = run(Clamp(GradNorm(lr=0.2), 0.7, 1.6), windows(100, absent=0.3))
     assert free.min() < 0.3 and free.max() > 1.8
-    assert w.min() >= 0.7 and w.max() <= 1.6 and (w.sum(1) - 4).abs().max() < 1e-12
+    assert w.min() >= 0.7 and w.max() <= 1.6 and abs(w.sum(1) - 4).max() < 1e-12
 
 
 def test_clamp_refuses_bounds_that_cannot_hold():
@@ -145,15 +146,15 @@ def test_absent_tasks_keep_their_weights_and_the_sum_stays(method):
     seen = list(windows(80, absent=0.4))
     w = run(method, seen)
     assert (w[-1] != w[0]).any() and w.min() > 0
-    assert (w.sum(1) - 4).abs().max() < 1e-12
+    assert abs(w.sum(1) - 4).max() < 1e-12
     for before, after, statistics in zip(w[:-1], w[1:], seen, strict=True):
-        assert torch.equal(before[~statistics.present], after[~statistics.present])
+        assert np.array_equal(before[~statistics.present], after[~statistics.present])
 
 
 def test_without_a_sum_the_present_do_not_pay_for_the_absent():
     method = Smooth(Scripted(((1.0, 1.0, 1.0), (5.0, 7.0, 9.0))), 0.5)
     w, state = method.init(TASKS[:3])
-    w, _ = method.update(state, Statistics(torch.zeros(3).double(), torch.tensor([True, False, True])))
+    w, _ = method.update(state, Statistics(np.zeros(3), [True, False, True]))
     assert w.tolist() == [3.0, 1.0, 5.0]
 
 
@@ -188,7 +189,7 @@ def test_widen_reaches_the_inner_state():
     _, before = method.init(TASKS[:3])
     state = method.widen(before, 4)
     assert set(state) == {*before, "inner.inner.rotation"}
-    assert torch.equal(method.rotations(state), torch.eye(4))
+    assert np.array_equal(method.rotations(state), torch.eye(4))
 
 
 @pytest.mark.parametrize("method", WRAPPED, ids=repr)
@@ -197,7 +198,7 @@ def test_weigh_is_the_update_without_its_state(method):
     for statistics in windows(10, absent=0.3):
         now = method.weigh(state, statistics)
         w, state = method.update(state, statistics)
-        assert torch.equal(now, w)
+        assert np.array_equal(now, w)
 
 
 def test_weigh_asks_no_more_of_the_method_than_weigh():
@@ -205,7 +206,7 @@ def test_weigh_asks_no_more_of_the_method_than_weigh():
 
     class Now(Scripted):
         def weigh(self, state, statistics):
-            return torch.tensor([2.0, 2.0, 2.0], dtype=torch.float64)
+            return np.array([2.0, 2.0, 2.0])
 
         def update(self, state, statistics):
             raise AssertionError
@@ -223,13 +224,13 @@ def test_they_are_values(method):
 @pytest.mark.parametrize(
     ("make", "found"),
     [
-        (lambda: Smooth(GradNorm(), 1.0), "`decay` must be at least 0 and less than 1. Found `decay = 1.0`"),
+        (lambda: Smooth(GradNorm(), 1.0), r"`decay` must be in \[0, 1\). Found `decay = 1.0`"),
         (lambda: Smooth(GradNorm(), -0.1), "`decay`"),
-        (lambda: Clamp(GradNorm(), 2.0, 1.0), "`low` and `high` must be finite"),
-        (lambda: Clamp(GradNorm(), -1.0, 1.0), "Found `low = -1.0`"),
-        (lambda: Clamp(GradNorm(), 0.0, float("inf")), "Found `low = 0.0`, `high = inf`"),
-        (lambda: Warmup(GradNorm(), -1), "`steps` must be at least 0"),
-        (lambda: Every(GradNorm(), 0), "`steps` must be at least 1"),
+        (lambda: Clamp(GradNorm(), 2.0, 1.0), "`low` must be less than `high`. Found `low = 2.0`, `high = 1.0`"),
+        (lambda: Clamp(GradNorm(), -1.0, 1.0), "`low` must be finite and at least 0. Found `low = -1.0`"),
+        (lambda: Clamp(GradNorm(), 0.0, float("inf")), "`high` must be positive and finite. Found `high = inf`"),
+        (lambda: Warmup(GradNorm(), -1), "`steps` must be an integer of at least 0. Found `steps = -1`"),
+        (lambda: Every(GradNorm(), 0), "`steps` must be an integer of at least 1. Found `steps = 0`"),
     ],
 )
 def test_hyperparameters_are_checked(make, found):
