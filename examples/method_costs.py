@@ -1,8 +1,8 @@
-"""What a method's update takes, in microseconds of one core, at 4 and at 32 tasks; Markdown.
+"""Measures the update of every method, in microseconds of one core, at 4 and 32 tasks; prints a Markdown table.
 
     python examples/method_costs.py
 
-The rest of a step's price is the same for all methods: `benchmark.py` measures it.
+The remaining cost of a step is the same for all methods; `benchmark.py` measures it.
 """
 
 import inspect
@@ -23,7 +23,7 @@ ARGUMENTS = {
 
 
 def microseconds(kind: type[Method], K: int) -> float:
-    """The median time of an update on the statistics of noisy gradients that agree a little; without rotations."""
+    """The median time of an update, on statistics of noisy gradients with a small common part; without rotations."""
     tasks = [f"task {k}" for k in range(K)]
     method = ARGUMENTS.get(kind, lambda _: kind())(tasks)
     _, state = method.init(tasks)
@@ -41,7 +41,7 @@ def microseconds(kind: type[Method], K: int) -> float:
 
 
 def main() -> None:
-    """All native methods, but for the wrappers."""
+    """Measures all native methods except the wrappers."""
     torch.set_num_threads(1)
     public = [getattr(accel_weighting, name) for name in accel_weighting.__all__]
     kinds = [x for x in public if inspect.isclass(x) and issubclass(x, Method) and x is not Method]
