@@ -1,12 +1,12 @@
-"""What weighting costs: step times, memory and collectives, each against a plain weighted sum measured in the same run.
+"""Measures step times, memory and collectives of weighting, against a plain weighted sum in the same run.
 
-Every method trains a model of its own. In each round all of them take one step, in a shuffled order, and a plain step
-comes before and after each: a ratio is to the mean of these two, so that what else the machine does meets all alike.
-The table shows the median of the rounds with the quartiles. A second plain loop, "plain again", shows how far two equal
-loops lie apart: no smaller difference means anything. On a CPU the ratio of the processor times stands beside, which
-does not count waiting for other jobs, and the processor time that was added. The group `overhead` has a model that does
-next to nothing, with warm caches and with caches that other work has filled, as a trunk would. A loop that has used up
-its `--seconds` takes part in no further round.
+Every method trains its own model. In each round all of them take one step, in a shuffled order, and a plain step comes
+before and after each. A ratio is to the mean of these two, so that other work of the machine affects both. The table
+shows the median of the rounds with the quartiles. A second plain loop, "plain again", shows how much two equal loops
+differ; smaller differences mean nothing. On a CPU the table also has the ratio of processor times, which does not count
+waiting for other jobs, and the processor time that was added. The group `overhead` has a model that does next to
+nothing, with warm caches and with caches that other work has filled, as a trunk would. A loop that has used up its
+`--seconds` takes part in no further round.
 
     python examples/benchmark.py --cpu --groups weights --rounds 20
     python examples/benchmark.py --cpu --groups overhead --rounds 100
@@ -15,8 +15,8 @@ its `--seconds` takes part in no further round.
     accelerate launch --config_file launch_configs/cpu_2.yaml examples/benchmark.py --cpu --groups lag
     python examples/benchmark.py --cpu --groups peers --peers --width 512 --rounds 6
 
-Memory is the largest sum of tensors that were alive at one moment, from the construction of the model to the end of its
-third step. Prints a table and writes `benchmark.json` and `benchmark.png` to `--output_dir`.
+Memory is the largest total size of tensors that were alive at one moment, from the construction of the model to the end
+of its third step. Prints a table and writes `benchmark.json` and `benchmark.png` to `--output_dir`.
 """
 
 import argparse
@@ -53,7 +53,7 @@ Step = Callable[[], list[float]]
 
 
 class Shape(NamedTuple):
-    """What a model is made of, and what it is fed with."""
+    """Sizes of a model and of its inputs."""
 
     trunk: str
     tasks: int
@@ -73,12 +73,12 @@ class ConvLayer(nn.Module):
         self.norm, self.conv = nn.GroupNorm(8, width), nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The features, with what the convolution adds to them."""
+        """The features plus the output of the convolution."""
         return x + F.relu(self.conv(self.norm(x)))
 
 
 class ConvTrunk(nn.Module):
-    """Residual convolutions on images of `length` × `length` pixels, halved twice."""
+    """Residual convolutions on images of `length` × `length` pixels, downsampled by 4."""
 
     def __init__(self, width: int, layers: int):
         super().__init__()
@@ -94,7 +94,7 @@ class ConvTrunk(nn.Module):
 
 
 class LinearTrunk(nn.Module):
-    """One product: next to nothing."""
+    """One linear layer, which costs next to nothing."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -149,13 +149,13 @@ class Net(nn.Module):
         return z if self.tokens else z.mean(1)
 
     def forward(self, inputs: Tensor) -> list[Tensor]:
-        """The answers to all tasks."""
+        """Predictions for all tasks."""
         z = self.represent(inputs)
         return [head(z) for head in self.heads]
 
 
 class Data:
-    """One batch of noise: what is in it does not matter to the clock."""
+    """One batch of noise; the content does not affect the times."""
 
     def __init__(self, shape: Shape, device: torch.device):
         if shape.trunk == "bert":
@@ -174,7 +174,7 @@ class Data:
         return [F.cross_entropy(out.flatten(0, -2), label) for out, label in zip(outputs, self.labels, strict=True)]
 
 
-# ---- the loops that are compared: each gives a function that takes one optimizer step and returns its losses ---------
+# ---- the loops that are compared: each returns a function that takes one optimizer step and returns its losses -------
 
 
 def loop(
@@ -185,7 +185,7 @@ def loop(
     backward: Callable[[list[Tensor]], Any],
     forward: Callable[[Tensor], list[Tensor]] | None = None,
 ) -> Step:
-    """The loop that all have in common."""
+    """The training loop that all have in common."""
     forward = forward or net
 
     def step() -> list[float]:
@@ -289,14 +289,14 @@ def rotograd_package(accelerator: Accelerator, shape: Shape, lr: float) -> tuple
 
 
 class _Calls(nn.Module):
-    """A module that has another's parameters and calls a function."""
+    """A module that has the parameters of another one and calls a function."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], module: nn.Module):
         super().__init__()
         self.function, self.module = function, module
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """What the function gives."""
+        """The result of the function."""
         return self.function(inputs)
 
 
@@ -329,7 +329,7 @@ def torchjd_backward(accelerator: Accelerator, shape: Shape, lr: float) -> tuple
 
 
 def k_backwards(accelerator: Accelerator, shape: Shape, lr: float) -> tuple[Step, Any]:
-    """LibMTL's way: one backward per task through the whole trunk, all gradients kept, then IMTL-G's weights."""
+    """As LibMTL does: one backward per task through the whole trunk, all gradients kept, then IMTL-G's weights."""
     net, optimizer, data = prepared(accelerator, shape, lr)
     shared = list(net.trunk.parameters())
     tasks = [f"task {k}" for k in range(shape.tasks)]
@@ -385,7 +385,7 @@ PEERS = {
 
 
 class Row(NamedTuple):
-    """What was measured of one loop."""
+    """The measurements of one loop."""
 
     group: str
     name: str
@@ -402,14 +402,14 @@ class Row(NamedTuple):
 
 
 class Sent:
-    """Counts the all-reduces that go through torch.distributed's Python interface: an engine's own do not."""
+    """Counts all-reduces through torch.distributed's Python interface, which an engine's own do not use."""
 
     def __init__(self) -> None:
         self.calls = self.bytes = 0
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Counts inside of the block."""
+        """Counts inside the `with` block."""
         original = dist.all_reduce
 
         def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -425,8 +425,8 @@ class Sent:
 
 
 def peak_memory(make: Callable[[], tuple[Step, Any]], device: torch.device) -> float:
-    """The most bytes of tensors alive at one moment, over construction and three steps."""
-    gc.collect()  # what the one before left would be freed, and subtracted, in the middle
+    """The largest number of bytes of tensors alive at one moment, over construction and three steps."""
+    gc.collect()  # else garbage of the previous loop would be freed, and subtracted, during this one
     if device.type == "cuda":
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
@@ -459,7 +459,7 @@ def measure(
     memory: dict[str, float] = {}
     notes = dict.fromkeys(loops, "")
     sent = {name: Sent() for name in loops}
-    scratch = torch.zeros(1 << 24) if "cold" in group else None  # 64 MB: nothing of ours is left in a cache
+    scratch = torch.zeros(1 << 24) if "cold" in group else None  # 64 MB: replaces all contents of the caches
     spent = dict.fromkeys(loops, 0.0)
     neighbours: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in loops}
     wall: dict[str, list[float]] = {name: [] for name in loops}
@@ -480,7 +480,7 @@ def measure(
         return taken
 
     def has_time(name: str, share: float = 1.0) -> bool:
-        """Whether a loop has used less than a share of its time, alike on all processes."""
+        """Whether a loop has used less than a share of its time; the same answer on all processes."""
         longest = accelerator.reduce(torch.tensor(spent[name], device=device), "mean")
         return float(longest) < share * args.seconds
 
@@ -490,7 +490,9 @@ def measure(
             steps[name], weights[name] = make(accelerator, shape, args.lr)
             timed(name)
             quick = has_time(name, 0.1)
-            for _ in range(2 if quick else 0):  # the last two, an even number, for what happens at every second step
+            for _ in range(
+                2 if quick else 0
+            ):  # two steps are counted, because some methods act at every second step only
                 sent[name] = Sent()
                 with sent[name].counting():
                     timed(name)
@@ -504,7 +506,7 @@ def measure(
                 raise
         bar.update()
 
-    shuffle = random.Random(0)  # alike on all processes
+    shuffle = random.Random(0)  # the same on all processes
     for _ in range(args.rounds):
         order = [name for name in steps if name != "plain" and (not wall[name] or has_time(name))]
         if not order:
@@ -643,7 +645,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Where and with what it ran."""
+    """The machine and the versions that the benchmark ran with."""
     modules = (torch, accelerate, transformers, accel_weighting)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -656,13 +658,27 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trunk", choices=["bert", "conv"], default="bert", help="(default: bert)")
-    parser.add_argument("--layers", type=int, default=4, help="of the trunk (default: 4)")
-    parser.add_argument("--width", type=int, default=256, help="of the trunk in the group weights (default: 256)")
-    parser.add_argument("--tokens", action="store_true", help="heads on every token, not on their mean, in all groups")
-    parser.add_argument("--length", type=int, default=64, help="tokens, or pixels a side of an image (default: 64)")
-    parser.add_argument("--batch_size", type=int, default=8, help="per micro-batch and process (default: 8)")
-    parser.add_argument("--head_outputs", type=int, default=8, help="of every head; 8,192 are large heads (default: 8)")
+    parser.add_argument("--trunk", choices=["bert", "conv"], default="bert", help="kind of trunk (default: bert)")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the trunk (default: 4)")
+    parser.add_argument("--width", type=int, default=256, help="width of the trunk in the group weights (default: 256)")
+    parser.add_argument(
+        "--tokens",
+        action="store_true",
+        help="apply heads to every token instead of their mean, in all groups",
+    )
+    parser.add_argument(
+        "--length",
+        type=int,
+        default=64,
+        help="number of tokens, or width of an image in pixels (default: 64)",
+    )
+    parser.add_argument("--batch_size", type=int, default=8, help="samples per micro-batch and process (default: 8)")
+    parser.add_argument(
+        "--head_outputs",
+        type=int,
+        default=8,
+        help="outputs of every head; 8,192 are large heads (default: 8)",
+    )
     parser.add_argument(
         "--tasks",
         default="2,4,8,16,32",
@@ -672,25 +688,52 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--groups",
         default="weights,rotations",
-        help="of weights (GradNorm, CoV, IMTL-G), overhead (the same on a model that does next to nothing), rotations "
-        "(RotoGrad at 3 tasks, pooled and tokens), lag (Gram methods with lag=1 and lag=0; alone, TorchJD's "
-        "way) and peers (default: weights,rotations)",
+        help="any of weights (GradNorm, CoV, IMTL-G), overhead (the same on a model that does next to nothing), "
+        "rotations (RotoGrad at 3 tasks, pooled and tokens), lag (Gram methods with lag=1 and lag=0; in one process "
+        "also TorchJD's backward) and peers (default: weights,rotations)",
     )
-    parser.add_argument("--rotation_width", type=int, default=512, help="of the trunk and the rotations (default: 512)")
-    parser.add_argument("--rotation_length", type=int, default=128, help="tokens of a row, for tokens (default: 128)")
-    parser.add_argument("--peers", action="store_true", help="other libraries in the group peers; extra `benchmark`")
-    parser.add_argument("--rounds", type=int, default=40, help="steps of every method (default: 40)")
     parser.add_argument(
-        "--seconds", type=float, default=60, help="after which a loop takes part in no further round (default: 60)"
+        "--rotation_width",
+        type=int,
+        default=512,
+        help="width of the trunk and of the rotations (default: 512)",
+    )
+    parser.add_argument(
+        "--rotation_length",
+        type=int,
+        default=128,
+        help="tokens of a row in the group with tokens (default: 128)",
+    )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="include other libraries in the group peers (extra `benchmark`)",
+    )
+    parser.add_argument("--rounds", type=int, default=40, help="measured steps of every method (default: 40)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=60,
+        help="time of a loop, after which it takes part in no further round (default: 60)",
     )
     parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of AdamW (default: 0.0001)")
-    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="(default: no)")
     parser.add_argument(
-        "--memory", action=argparse.BooleanOptionalAction, default=True, help="measure it (default: yes)"
+        "--mixed_precision",
+        choices=["no", "bf16", "fp16"],
+        default="no",
+        help="precision (default: no)",
     )
-    parser.add_argument("--json", type=Path, help="(default: benchmark.json in --output_dir)")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark"), help="(default: %(default)s)")
-    parser.add_argument("--cpu", action="store_true", help="run on the CPU, also where there are accelerators")
+    parser.add_argument(
+        "--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory (default: yes)"
+    )
+    parser.add_argument("--json", type=Path, help="file for the figures (default: benchmark.json in --output_dir)")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("runs/benchmark"),
+        help="folder for results (default: %(default)s)",
+    )
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU even if the machine has accelerators")
     args = parser.parse_args()
     args.groups = args.groups.split(",")
     if unknown := sorted(set(args.groups) - {"weights", "overhead", "rotations", "lag", "peers"}):

@@ -1,4 +1,4 @@
-"""What the examples share: where a run is, its checkpoints, and the check that processes know of each other."""
+"""Shared by the examples: the progress of a run, its checkpoints, and the check that processes see each other."""
 
 import json
 import os
@@ -17,22 +17,22 @@ from accel_weighting.plot import plot_runs
 
 
 class Progress:
-    """Where a run is. Saved and loaded with the accelerator's state."""
+    """How far a run has come. Saved and loaded with the accelerator's state."""
 
     def __init__(self):
         self.epoch = self.batches = self.step = 0
 
     def state_dict(self) -> dict[str, int]:
-        """What `accelerator.save_state` keeps."""
+        """The values that `accelerator.save_state` saves."""
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """What `accelerator.load_state` brings back."""
+        """Takes the values that `accelerator.load_state` has loaded."""
         vars(self).update(state)
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Stops where the launcher started several processes that do not see each other."""
+    """Ends the script if the launcher started several processes that do not see each other."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise SystemExit(
@@ -43,19 +43,19 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
-    """Whenever it is interrupted, all that is called `step_…` is whole, and the latest is there.
+    """Saves atomically: every `step_*` folder is complete, even if saving is interrupted.
 
-    A checkpoint is written under another name and renamed when it is complete; one that is no longer needed is renamed
-    before it is taken apart.
+    A checkpoint is written under another name and renamed when it is complete. An old checkpoint is renamed before it
+    is deleted.
     """
     whole, partial = folder / f"step_{step:06d}", folder / "partial"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()  # every process has written its random state
+    accelerator.wait_for_everyone()  # until every process has written its random state
     if accelerator.is_main_process:
-        if whole.exists():  # of a run before this one: it keeps a name, before all others, until it is replaced
+        if whole.exists():  # from an earlier run: kept under a name that sorts first, until the new one is there
             if (first := folder / "step_-").exists():
                 discard(first)
             whole.rename(first)
@@ -67,7 +67,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
 
 
 def discard(checkpoint: Path) -> None:
-    """Removes a checkpoint, which has no checkpoint's name from the first moment on."""
+    """Deletes a checkpoint; it is renamed first, so that a half-deleted one is never taken for a checkpoint."""
     old = checkpoint.with_name("old")
     shutil.rmtree(old, ignore_errors=True)
     checkpoint.rename(old)
@@ -75,21 +75,21 @@ def discard(checkpoint: Path) -> None:
 
 
 def resume(accelerator: Accelerator, folder: Path, progress: Progress) -> None:
-    """Goes on from the latest checkpoint in `folder`, if there is one."""
+    """Continues from the latest checkpoint in `folder`, if there is one."""
     if checkpoints := sorted(folder.glob("step_*")):
         accelerator.load_state(str(checkpoints[-1]))
         accelerator.print(f"resumed after {progress.step} steps")
 
 
 def table(lines: list[list[str]]) -> str:
-    """Rows of cells as text; the first is the heading."""
+    """Formats rows of cells as text; the first row is the heading."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
 
 
 def write_results(folder: Path, name: str, args: Any, runs: dict[str, dict[str, Any]]) -> None:
-    """`name.json` with settings, versions and every run's results and history, and `name.png` with their picture."""
+    """Writes `name.json` (settings, versions, results and history of every run) and `name.png` (their picture)."""
     folder.mkdir(parents=True, exist_ok=True)
     versions = {module.__name__: module.__version__ for module in (torch, accelerate, accel_weighting)}
     results = {

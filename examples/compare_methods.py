@@ -1,15 +1,15 @@
-"""Which weighting is worth it? Every method with the same learning rates, seeds and budget, on pairs of digits.
+"""Compares all methods on pairs of digits, with the same learning rates, seeds and budget for each.
 
-A small MLP answers the five questions of `multi_digits.py` about two handwritten digits side by side. Every method is
-trained with every learning rate and seed of the same grid; the learning rate is chosen on a validation set, by the
-geometric mean of the tasks' errors over all seeds, and only what was chosen is judged on the test set. Baselines are
-equal weights, random weights, and static weights, which are themselves chosen on the validation set.
+A small MLP learns the five tasks of `multi_digits.py` on two handwritten digits side by side. Every method is trained
+with every learning rate and seed of the same grid. The learning rate is chosen on a validation set, by the geometric
+mean of the tasks' errors over all seeds, and only the chosen runs are evaluated on the test set. Baselines are equal
+weights, random weights, and static weights, which are themselves chosen on the validation set.
 
     python examples/compare_methods.py
 
 makes 600 short runs, two at a time. Every finished run is a line of `runs.jsonl` in `--output_dir`; after an
-interruption the same command goes on where it was. Prints a table and writes it to `table.txt`, and a picture of how
-two tasks trade off to `compare_methods.png`.
+interruption the same command continues. Prints a table and writes it to `table.txt`, and draws the errors of two tasks
+against each other in `compare_methods.png`.
 """
 
 import argparse
@@ -64,21 +64,21 @@ from accel_weighting import (
 
 
 class Candidate(NamedTuple):
-    """A method, and whether a step's weights come from the step before it or, where the paper says so, from itself."""
+    """A method and its lag: 1, or 0 where the paper takes the weights from the current step."""
 
     method: Method
     lag: int = 1
 
 
 def static(total: float, pixels: float) -> Candidate:
-    """Static weights: the sum has by far the largest gradients, the pixels the smallest."""
+    """Static weights for the sum, which has by far the largest gradients, and the pixels, which have the smallest."""
     return Candidate(StaticWeighting({**dict.fromkeys(TASKS, 1.0), "sum": total, "pixels": pixels}))
 
 
 EPOCH = 64  # steps
 
 
-# To try another method, add a row. Of several candidates the validation set chooses, as it does of learning rates.
+# To try another method, add a row. Several candidates are chosen among on the validation set, as learning rates are.
 METHODS = {
     "equal": [Candidate(EqualWeighting())],
     "static": [static(total, pixels) for total in (0.1, 0.01) for pixels in (1, 10)],
@@ -108,7 +108,7 @@ METHODS = {
     "nash-mtl": [Candidate(NashMTL(), lag=0)],
     "config": [Candidate(ConFIG(), lag=0)],
 }
-LRS = (1e-3, 3e-3, 1e-2, 3e-2)  # half a decade apart: a coarser grid decides more than the methods do
+LRS = (1e-3, 3e-3, 1e-2, 3e-2)  # half a decade apart: on a coarser grid the learning rate matters more than the method
 Run = dict[str, Any]
 
 
@@ -124,14 +124,14 @@ class Model(nn.Module):
             self.heads[name] = nn.Sequential(nn.ReLU(), hidden, nn.ReLU(), nn.Linear(width, task.outputs))
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """The answers to all tasks."""
+        """Predictions for all tasks."""
         z = self.trunk(image)
         return {name: head(z).squeeze(-1) for name, head in self.heads.items()}
 
 
 @functools.cache
 def load_split(seed: int) -> tuple[DigitPairs, DigitPairs, DigitPairs]:
-    """Pairs to train on, to choose by and to test on, which share no image."""
+    """Pairs for training, validation and test, which share no image."""
     digits = load_digits()
     images, labels = torch.tensor(digits.images, dtype=torch.float32) / 16, torch.tensor(digits.target)
     rest, test = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=seed)
@@ -142,7 +142,7 @@ def load_split(seed: int) -> tuple[DigitPairs, DigitPairs, DigitPairs]:
 
 
 def train(job: tuple[str, int, float, int, int]) -> Run:
-    """One run: the errors of all tasks on the validation and on the test set."""
+    """Makes one run; returns the errors of all tasks on the validation and the test set."""
     torch.set_num_threads(1)
     name, index, lr, seed, steps = job
     candidate = METHODS[name][index]
@@ -178,7 +178,7 @@ def train(job: tuple[str, int, float, int, int]) -> Run:
 
 @torch.no_grad()
 def errors(model: nn.Module, data: dict[str, Tensor]) -> dict[str, float]:
-    """Percent of wrong answers, or the root mean square of their errors; a model that diverged is wrong."""
+    """Percentage of wrong answers, or root mean squared error; a model that diverged counts as wrong."""
     outputs, result = model(data["image"]), {}
     for name, task in TASKS.items():
         answer, truth = outputs[name], data[name]
@@ -199,7 +199,7 @@ def key(run: Run) -> tuple[Any, ...]:
 
 
 def finished(path: Path) -> list[Run]:
-    """All whole lines of the file; what a killed run left of one is cut off."""
+    """Reads all complete lines of the file, and removes a partial last line left by an interruption."""
     if not path.exists():
         return []
     text = path.read_bytes()
@@ -210,7 +210,7 @@ def finished(path: Path) -> list[Run]:
 
 
 def results(jobs: list[tuple[str, int, float, int, int]], workers: int) -> Iterator[Run]:
-    """Runs as they finish."""
+    """Yields runs as they finish."""
     if workers == 1:
         yield from map(train, jobs)
         return
@@ -219,7 +219,7 @@ def results(jobs: list[tuple[str, int, float, int, int]], workers: int) -> Itera
 
 
 def run_all(args: argparse.Namespace) -> list[Run]:
-    """What is in the file and what is not yet, every run written as soon as it is there."""
+    """Makes the runs that are not in the file yet, and writes each as soon as it is finished."""
     path = args.output_dir / "runs.jsonl"
     wanted = {
         (name, repr(candidate), lr, seed, args.steps): (name, index, lr, seed, args.steps)
@@ -228,7 +228,7 @@ def run_all(args: argparse.Namespace) -> list[Run]:
         for index, candidate in enumerate(METHODS[name])
         for lr in args.lrs
     }
-    there = {key(run): run for run in finished(path) if key(run) in wanted}  # of what was run twice, once
+    there = {key(run): run for run in finished(path) if key(run) in wanted}  # a run that is there twice counts once
     runs = list(there.values())
     jobs = [job for name, job in wanted.items() if name not in there]
     if runs:
@@ -249,12 +249,12 @@ def run_all(args: argparse.Namespace) -> list[Run]:
 
 
 def score(runs: list[Run]) -> float:
-    """What is chosen by: the mean over tasks and seeds of the logarithm of the error on the validation set."""
+    """The selection criterion: the mean log error on the validation set, over tasks and seeds."""
     return fmean(math.log(error) for run in runs for error in run["valid"].values())
 
 
 def settings(runs: list[Run]) -> dict[tuple[str, str, float], list[Run]]:
-    """Runs that differ only in their seed, by method, candidate and learning rate."""
+    """Groups the runs that differ only in their seed, by method, candidate and learning rate."""
     groups: dict[tuple[str, str, float], list[Run]] = {}
     for run in runs:
         groups.setdefault((run["method"], run["candidate"], run["lr"]), []).append(run)
@@ -262,7 +262,7 @@ def settings(runs: list[Run]) -> dict[tuple[str, str, float], list[Run]]:
 
 
 def chosen(runs: list[Run]) -> dict[str, list[Run]]:
-    """For every method the runs, one per seed, with the best of its candidates and learning rates."""
+    """For every method, the runs (one per seed) with its best candidate and learning rate."""
     best: dict[str, list[Run]] = {}
     for (name, _, _), group in settings(runs).items():
         if name not in best or score(group) < score(best[name]):
@@ -282,7 +282,7 @@ def delta_m(run: Run, baseline: dict[str, float]) -> float:
 
 
 def mean_ranks(best: dict[str, list[Run]]) -> dict[str, float]:
-    """Rank of every method among all, 1 the best, averaged over tasks and seeds."""
+    """Rank of every method, with 1 as the best, averaged over tasks and seeds."""
     ranks = [
         rankdata([runs[i]["test"][task] for runs in best.values()])
         for i in range(min(map(len, best.values())))
@@ -292,7 +292,7 @@ def mean_ranks(best: dict[str, list[Run]]) -> dict[str, float]:
 
 
 def table(runs: list[Run]) -> str:
-    """The test errors of what was chosen; Markdown."""
+    """The test errors of the chosen runs, as a Markdown table."""
     best = chosen(runs)
     ranks = mean_ranks(best)
     baseline = {task: fmean(run["test"][task] for run in best["equal"]) for task in TASKS} if "equal" in best else None
@@ -320,7 +320,7 @@ def table(runs: list[Run]) -> str:
 
 
 def draw(runs: list[Run], tasks: tuple[str, str], path: Path) -> None:
-    """Test errors of two tasks: every setting's mean over the seeds, and what was chosen with its interval."""
+    """Draws the test errors of two tasks: the mean of every setting, and the chosen settings with intervals."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -357,15 +357,34 @@ def parse_args() -> argparse.Namespace:
         return lambda text: [kind(part) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", type=listed(str), default=list(METHODS), metavar="A,B,…", help="(default: all)")
-    parser.add_argument("--seeds", type=listed(int), default=[0, 1, 2, 3, 4], metavar="0,1,…", help="(default: 0 to 4)")
-    parser.add_argument("--lrs", type=listed(float), default=list(LRS), metavar="1e-3,…", help=f"(default: {LRS})")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of a run (default: 1000)")
-    parser.add_argument("--workers", type=int, default=2, help="runs at the same time (default: 2)")
     parser.add_argument(
-        "--pareto", type=listed(str), default=["left", "sum"], metavar="A,B", help="(default: left,sum)"
+        "--methods", type=listed(str), default=list(METHODS), metavar="A,B,…", help="methods to compare (default: all)"
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("results/compare_methods"))
+    parser.add_argument(
+        "--seeds", type=listed(int), default=[0, 1, 2, 3, 4], metavar="0,1,…", help="random seeds (default: 0 to 4)"
+    )
+    parser.add_argument(
+        "--lrs",
+        type=listed(float),
+        default=list(LRS),
+        metavar="1e-3,…",
+        help=f"learning rates to choose from (default: {LRS})",
+    )
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of a run (default: 1000)")
+    parser.add_argument("--workers", type=int, default=2, help="number of runs at the same time (default: 2)")
+    parser.add_argument(
+        "--pareto",
+        type=listed(str),
+        default=["left", "sum"],
+        metavar="A,B",
+        help="two tasks for the axes of the picture (default: left,sum)",
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("results/compare_methods"),
+        help="folder for runs, table and picture (default: %(default)s)",
+    )
     args = parser.parse_args()
     for option, names, known in (("methods", args.methods, METHODS), ("pareto", args.pareto, TASKS)):
         if unknown := [name for name in names if name not in known]:

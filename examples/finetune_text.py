@@ -1,9 +1,9 @@
 r"""An encoder with several heads on the same texts, fine-tuned in a plain Accelerate loop with weighted losses.
 
-The default needs no network: on short reviews that ship with the examples, with a tokenizer trained on the spot, a
+The default needs no network. On short reviews that are part of the examples, with a tokenizer trained at the start, a
 small BERT learns from scratch what a review is about (classification), how favourable it is (regression), and which
-words are names (tagging). Two sentences in five have no tags and three in ten no rating, so a micro-batch can lack a
-task: `num_items` says how many items every task has in it, and 0 says that it is not there.
+words are names (tagging). Two sentences in five have no tags and three in ten no rating, so a task can be missing from
+a micro-batch: `num_items` gives the number of items of every task, and 0 means that the task is missing.
 
     accelerate launch --config_file launch_configs/cpu_2.yaml examples/finetune_text.py --cpu
 
@@ -12,7 +12,7 @@ With your own encoder and data, from the hub or from local folders, and low-rank
     accelerate launch examples/finetune_text.py --model google-bert/bert-base-cased --dataset MY/TEXTS --text tokens \
         --classification subject --regression --tagging ner_tags pos_tags --lora --lr 2e-4 --mixed_precision bf16
 
-Prints a table, and writes `finetune_text.json`, `finetune_text.png` and TensorBoard's records to `--output_dir`.
+Prints a table, and writes `finetune_text.json`, `finetune_text.png` and TensorBoard logs to `--output_dir`.
 """
 
 import argparse
@@ -47,13 +47,25 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16, help="texts per micro-batch and process (default: 16)")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step (default: 1)")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW (default: 0.002)")
-    parser.add_argument("--seed", type=int, default=0, help="of the model and the order (default: 0)")
-    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="(default: no)")
-    parser.add_argument("--checkpoint_dir", type=Path, help="keep the latest checkpoint here")
-    parser.add_argument("--save_every", type=int, default=200, help="optimizer steps between two (default: 200)")
-    parser.add_argument("--resume", action="store_true", help="go on from what is in --checkpoint_dir, if anything is")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/finetune_text"), help="(default: %(default)s)")
-    parser.add_argument("--cpu", action="store_true", help="train on the CPU, also where there are accelerators")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of the model and the order of samples (default: 0)"
+    )
+    parser.add_argument(
+        "--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="precision (default: no)"
+    )
+    parser.add_argument(
+        "--checkpoint_dir", type=Path, help="folder in which the latest checkpoint is kept (default: none is saved)"
+    )
+    parser.add_argument(
+        "--save_every", type=int, default=200, help="optimizer steps between two checkpoints (default: 200)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the checkpoint in --checkpoint_dir, if there is one"
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/finetune_text"), help="folder for results (default: %(default)s)"
+    )
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU even if the machine has accelerators")
     args = parser.parse_args()
     if args.resume and not args.checkpoint_dir:
         parser.error("--resume needs --checkpoint_dir")
@@ -61,7 +73,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def evaluate(accelerator: Accelerator, model: Any, loader: DataLoader, tasks: dict[str, Any]) -> dict[str, float]:
-    """`{task: metric}` on all test texts."""
+    """Returns `{task: metric}` on all test texts."""
     model.eval()
     scores = []
     with torch.no_grad():
@@ -84,7 +96,7 @@ def main() -> None:
     )
     check_processes(accelerator)
     set_seed(args.seed)
-    with accelerator.main_process_first():  # it fills the cache, and makes the tokenizer
+    with accelerator.main_process_first():  # the main process fills the cache and trains the tokenizer
         texts, tasks = load_texts(args)
         if accelerator.is_main_process and not args.model:
             make_tokenizer(texts["train"][args.text], args.output_dir / "tokenizer")
@@ -92,7 +104,7 @@ def main() -> None:
     collate = Collator(tokenizer, tasks, args.text, args.max_length)
     model = make_model(args, tasks, tokenizer)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=args.lr)
-    # Accelerate takes as many steps of a schedule as there are processes.
+    # Accelerate steps a schedule once per process at every optimizer step.
     scheduler = get_constant_schedule_with_warmup(optimizer, 20 * accelerator.num_processes)
     train_loader = DataLoader(texts["train"], args.batch_size, shuffle=True, drop_last=True, collate_fn=collate)
     test_loader = DataLoader(texts["test"], 128, collate_fn=collate)

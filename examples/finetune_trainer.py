@@ -3,15 +3,15 @@ r"""The encoder of `finetune_text.py`, with several heads on the same texts, fin
     accelerate launch --config_file launch_configs/cpu_2.yaml examples/finetune_trainer.py --cpu
 
 `WeightedTrainer` is the Trainer with a weighting method. The model returns one loss per task in `losses`, and in
-`num_items` how many items each is the mean of; all that the Trainer does with one loss it does with their weighted sum.
-Weights, losses and gradient norms of every task are in its logs, and its checkpoints hold the weighter.
+`num_items` the number of items over which each loss is a mean. The Trainer uses the weighted sum as its loss. Its logs
+contain the weights, losses and gradient norms of every task, and its checkpoints contain the weighter.
 
 With your own encoder and data, from the hub or from local folders:
 
     accelerate launch examples/finetune_trainer.py --model google-bert/bert-base-cased --dataset MY/TEXTS \
         --text tokens --classification subject --regression --tagging ner_tags pos_tags --lr 5e-5
 
-Prints a table, and writes `finetune_trainer.json`, `finetune_trainer.png` and TensorBoard's records to `--output_dir`.
+Prints a table, and writes `finetune_trainer.json`, `finetune_trainer.png` and TensorBoard logs to `--output_dir`.
 """
 
 import argparse
@@ -36,13 +36,22 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16, help="texts per micro-batch and process (default: 16)")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step (default: 1)")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW (default: 0.002)")
-    parser.add_argument("--seed", type=int, default=0, help="of the model and the order (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of the model and the order of samples (default: 0)"
+    )
     parser.add_argument(
         "--save_every", type=int, default=200, help="optimizer steps between checkpoints (default: 200)"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output_dir, if any")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/finetune_trainer"), help="(default: %(default)s)")
-    parser.add_argument("--cpu", action="store_true", help="train on the CPU, also where there are accelerators")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the last checkpoint in --output_dir, if any"
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("runs/finetune_trainer"),
+        help="folder for results (default: %(default)s)",
+    )
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU even if the machine has accelerators")
     return parser.parse_args()
 
 
@@ -66,12 +75,12 @@ def main() -> None:
         save_steps=args.save_every,
         save_total_limit=1,
         report_to="tensorboard",
-        remove_unused_columns=False,  # the collator reads them
-        ddp_find_unused_parameters=False,  # a task that is not there still has zeros for its head
+        remove_unused_columns=False,  # the collator needs all columns
+        ddp_find_unused_parameters=False,  # the head of a missing task still gets a gradient of zeros
         label_names=[*args.classification, *args.regression, *args.tagging],
     )
     set_seed(args.seed)
-    with training.main_process_first():  # it fills the cache, and makes the tokenizer
+    with training.main_process_first():  # the main process fills the cache and trains the tokenizer
         texts, tasks = load_texts(args)
         if training.process_index == 0 and not args.model:
             make_tokenizer(texts["train"][args.text], args.output_dir / "tokenizer")

@@ -6,10 +6,10 @@ and how many pixels are active. The losses differ in kind and in size, and so do
 
     accelerate launch --config_file launch_configs/cpu_2.yaml examples/multi_digits.py --cpu
 
-The batch of an optimizer step is `--batch_size` pairs, however many processes and micro-batches it is cut into, on one
-machine or on several, under DDP, FSDP or (without its clipping) DeepSpeed: the weights are the same. With
-`--compare equal,gradnorm,cov` it trains once with each. Prints a table and writes `multi_digits.json` and
-`multi_digits.png` to `--output_dir`.
+The batch of an optimizer step is `--batch_size` pairs, however many processes and micro-batches it is divided among.
+The weights are therefore the same on one machine or several, under DDP, FSDP or DeepSpeed (without gradient clipping).
+With `--compare equal,gradnorm,cov` it trains once with each of these methods. Prints a table and writes
+`multi_digits.json` and `multi_digits.png` to `--output_dir`.
 """
 
 import argparse
@@ -41,10 +41,10 @@ import accel_weighting
 from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, RotoGrad, RotoGradNorm, Weighter, plot_history
 from accel_weighting.selfcheck.cpu import accelerator_on_cpu
 
-# To try another method, add a row. Those that weigh losses keep the sum, so that learning rates stay comparable.
+# To try another method, add a row. Methods that weight losses keep their sum, so that learning rates stay comparable.
 METHODS = {
     "equal": EqualWeighting(),
-    "gradnorm": GradNorm(alpha=0.0),  # a squared error can fall further than a cross entropy: rates do not compare
+    "gradnorm": GradNorm(alpha=0.0),  # training rates of squared errors and cross entropies are not comparable
     "cov": CoVWeighting(total="tasks"),
     "rotograd": RotoGrad(),
     "rotate": RotoGrad(scale=False),
@@ -54,7 +54,7 @@ METHODS = {
 
 
 class Task(NamedTuple):
-    """How many numbers a task's head answers with, how they are trained, and how they are judged."""
+    """The number of outputs of a task's head, its loss, and its metric."""
 
     outputs: int
     loss: str
@@ -78,7 +78,7 @@ History = list[tuple[int, dict[str, float]]]
 
 
 class DigitPairs(Dataset):
-    """Pairs of images drawn with replacement, with the right answers to all tasks."""
+    """Pairs of images drawn with replacement, with the targets of all tasks."""
 
     def __init__(self, images: Tensor, digits: Tensor, size: int, seed: int):
         left, right = torch.randint(len(images), (2, size), generator=torch.Generator().manual_seed(seed))
@@ -100,7 +100,7 @@ class DigitPairs(Dataset):
 
 
 def load_pairs(seed: int) -> tuple[DigitPairs, DigitPairs]:
-    """Pairs to train on and pairs to test on, which share no image."""
+    """Training pairs and test pairs, which share no image."""
     digits = load_digits()  # 1,797 images of 8 × 8 pixels from 0 to 16
     train, test = train_test_split(range(len(digits.target)), test_size=0.25, stratify=digits.target, random_state=seed)
     images, labels = torch.tensor(digits.images, dtype=torch.float32) / 16, torch.tensor(digits.target)
@@ -122,8 +122,8 @@ class MultiDigitModel(nn.Module):
             num_hidden_layers=layers,
             num_attention_heads=4,
             intermediate_size=2 * width,
-            initializer_range=0.1,  # from the usual 0.02 so narrow a trunk needs hundreds of steps to leave a plateau
-            hidden_dropout_prob=0.0,  # every process draws its own dropout: the weights would depend on their number
+            initializer_range=0.1,  # with the usual 0.02, such a narrow trunk stays on a plateau for hundreds of steps
+            hidden_dropout_prob=0.0,  # each process draws its own dropout, so weights would depend on their number
             attention_probs_dropout_prob=0.0,
         )
         self.trunk = ViTModel(config, add_pooling_layer=False)
@@ -132,14 +132,14 @@ class MultiDigitModel(nn.Module):
             self.heads[name] = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, task.outputs))
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """The answers to all tasks."""
+        """Predictions for all tasks."""
         z = self.trunk(image).last_hidden_state[:, 0]  # shape: [batch, width]
         return {name: head(z).squeeze(-1) for name, head in self.heads.items()}
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """For the engine, the processes and the precision that the launcher chose."""
-    AcceleratorState._reset_state()  # Accelerate makes FSDP of the first Accelerator in a process only
+    """An accelerator for the engine, the processes and the precision that the launcher chose."""
+    AcceleratorState._reset_state()  # Accelerate sets up FSDP only for the first Accelerator of a process
     timeout = timedelta(seconds=args.timeout)
     options = {
         "mixed_precision": args.mixed_precision,
@@ -152,13 +152,13 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
 
 
 def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One run with one method: its test metrics, final weights, history and duration."""
+    """Trains with one method; returns its test metrics, final weights, history and duration."""
     accelerator = make_accelerator(args)
     set_seed(args.seed)
     train_set, test_set = load_pairs(args.seed)
     model = MultiDigitModel()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    # An epoch of whole batches: what is left over would make other last steps under another cut.
+    # Only whole batches: a partial last batch would be divided differently on another number of processes.
     train_set = Subset(train_set, range(len(train_set) // args.batch_size * args.batch_size))
     micro_batch = args.batch_size // (accelerator.num_processes * args.accumulation)
     train_loader = DataLoader(train_set, micro_batch, shuffle=True)
@@ -188,7 +188,7 @@ def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
             if accelerator.sync_gradients:
                 progress.step += 1
                 last = progress.step == args.steps
-                if progress.step % 20 == 0 or last:  # on an accelerator, reading the weights waits for them
+                if progress.step % 20 == 0 or last:  # reading the weights waits for the device
                     bar.set_postfix_str(" ".join(f"{task} {weight:.2f}" for task, weight in weighter.weights.items()))
                 bar.update()
                 if folder and (last or progress.step % args.save_every == 0):
@@ -234,7 +234,7 @@ def improvement(metrics: dict[str, float], baseline: dict[str, float]) -> dict[s
 
 
 def compare(runs: dict[str, dict[str, Any]]) -> str:
-    """Metrics of all runs as text; where equal weights ran, with the change against them."""
+    """Metrics of all runs as text, with the change against equal weights if these were run."""
     baseline = runs.get("equal", {}).get("metrics")
     lines = [["task", "metric", *runs]]
     for name, task in TASKS.items():
@@ -253,7 +253,7 @@ def compare(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def brief(history: History) -> History:
-    """What the picture shows of a weighter's record, to the digits that float32 has."""
+    """The part of a weighter's history that the picture shows, rounded to the precision of float32."""
     return [
         (step, {name: float(f"{value:.7g}") for name, value in values.items() if name.partition("/")[0] in PANELS})
         for step, values in history
@@ -261,14 +261,14 @@ def brief(history: History) -> History:
 
 
 def smooth(history: History) -> History:
-    """Means over a fiftieth of the run: single batches are too noisy to look at."""
+    """Moving means over a fiftieth of the run, because single batches are noisy."""
     width = max(1, len(history) // 50)
     windows = [history[end - width : end] for end in range(width, len(history) + 1)]
     return [(w[-1][0], {n: fmean(values[n] for _, values in w if n in values) for n in w[-1][1]}) for w in windows]
 
 
 def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
-    """One row per method: its weights, the losses and the gradient norms that led to them."""
+    """Draws one row per method: its weights, and the losses and gradient norms that led to them."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -297,7 +297,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--compare",
         metavar="A,B,…",
-        help="several methods, one after the other, from the same seed with the same budget, instead of --method",
+        help="train several methods one after the other, from the same seed with the same budget, instead of --method",
     )
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps (default: 1000)")
     parser.add_argument(
@@ -310,15 +310,32 @@ def parse_args() -> argparse.Namespace:
         "--accumulation", type=int, default=1, help="micro-batches per optimizer step and process (default: 1)"
     )
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW (default: 0.001)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, the pairs, the model and the order")
-    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], help="(default: the launcher's)")
-    parser.add_argument("--checkpoint_dir", type=Path, help="keep the latest checkpoint of every method here")
-    parser.add_argument("--save_every", type=int, default=200, help="optimizer steps between two (default: 200)")
-    parser.add_argument("--resume", action="store_true", help="go on from what is in --checkpoint_dir, if anything is")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/multi_digits"), help="(default: %(default)s)")
-    parser.add_argument("--cpu", action="store_true", help="train on the CPU, also where there are accelerators")
     parser.add_argument(
-        "--timeout", type=int, default=300, help="seconds that processes wait for one that is lost (default: 300)"
+        "--seed",
+        type=int,
+        default=0,
+        help="random seed of the split, the pairs, the model and the order of samples (default: 0)",
+    )
+    parser.add_argument(
+        "--mixed_precision", choices=["no", "bf16", "fp16"], help="precision (default: the one that the launcher chose)"
+    )
+    parser.add_argument(
+        "--checkpoint_dir",
+        type=Path,
+        help="folder in which the latest checkpoint of every method is kept (default: none is saved)",
+    )
+    parser.add_argument(
+        "--save_every", type=int, default=200, help="optimizer steps between two checkpoints (default: 200)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the checkpoint in --checkpoint_dir, if there is one"
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/multi_digits"), help="folder for results (default: %(default)s)"
+    )
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU even if the machine has accelerators")
+    parser.add_argument(
+        "--timeout", type=int, default=300, help="seconds that processes wait for a lost one (default: 300)"
     )
     args = parser.parse_args()
     args.methods = args.compare.split(",") if args.compare else [args.method]

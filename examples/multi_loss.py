@@ -1,14 +1,14 @@
 """Several losses on one output: an autoencoder of handwritten digits whose losses meet at the reconstruction.
 
-No heads here: every loss is computed from the same images, so the branch point is the output itself, and
-`weighter.branch(output)` hands an alias to every loss, in the way of EnCodec's balancer
-(https://arxiv.org/abs/2210.13438). The losses are absolute errors, structural similarity, edges, and the distance in
-the latent space of a fixed classifier.
+There are no heads: every loss is computed from the same images, so the branch point is the output itself, and
+`weighter.branch(output)` returns an alias for every loss, as in EnCodec's balancer (https://arxiv.org/abs/2210.13438).
+The losses are absolute errors, structural similarity, edges, and the distance in the latent space of a fixed
+classifier.
 
     accelerate launch --config_file launch_configs/cpu_2.yaml examples/multi_loss.py --cpu
 
 With `--adversarial` a discriminator judges the reconstructions as well. Its losses on real and on reconstructed images
-have a weighter of their own, which does not see the autoencoder's gradients pass through.
+have a weighter of their own, which does not measure the gradients that the autoencoder gets through it.
 
 Prints a table of all losses on test images, and writes `multi_loss.json`, `multi_loss.png` (weights, losses, norms and
 cosines) and `multi_loss_digits.png` (reconstructions) to `--output_dir`.
@@ -48,7 +48,7 @@ METHODS = {
 
 
 class Autoencoder(nn.Module):
-    """8 × 8 pixels through a bottleneck of six numbers."""
+    """Compresses 8 × 8 pixels to six numbers and reconstructs them."""
 
     def __init__(self, width: int = 128, bottleneck: int = 6):
         super().__init__()
@@ -75,7 +75,7 @@ class Autoencoder(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Tells real images from reconstructions; its branch point lies before the last layer."""
+    """Distinguishes real images from reconstructions; its branch point is before the last layer."""
 
     def __init__(self, width: int = 64):
         super().__init__()
@@ -86,19 +86,19 @@ class Discriminator(nn.Module):
         self.weighter: Weighter | None = None
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Scores from the aliases of the two losses; both are for all images, and each loss takes its own."""
+        """Scores of all images from the alias of each loss; each loss uses the scores of its own images."""
         z = self.trunk(images)
         aliases = self.weighter.branch(z) if self.weighter else {"real": z, "fake": z}
         return {name: self.last(alias).squeeze(-1) for name, alias in aliases.items()}
 
 
 class Classifier(nn.Module):
-    """The hidden layer of a digit classifier, fixed: what makes two digits look alike."""
+    """The hidden layer of a trained digit classifier, fixed: a measure of how similar two digits look."""
 
     def __init__(self, images: Tensor, digits: Tensor):
         super().__init__()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # twenty rounds are enough
+            warnings.simplefilter("ignore", ConvergenceWarning)  # twenty iterations are enough
             fitted = MLPClassifier(32, max_iter=20, random_state=0).fit(images.flatten(1).numpy(), digits.numpy())
         self.register_buffer("weight", torch.tensor(fitted.coefs_[0].T, dtype=torch.float32))
         self.register_buffer("bias", torch.tensor(fitted.intercepts_[0], dtype=torch.float32))
@@ -109,7 +109,7 @@ class Classifier(nn.Module):
 
 
 def structural_similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Mean over windows of 5 × 5 pixels, one number per image; 1 for equal images."""
+    """Mean over patches of 5 × 5 pixels, one number per image; 1 for equal images."""
 
     def mean(x: Tensor) -> Tensor:
         return F.avg_pool2d(x, 5, stride=1)
@@ -130,7 +130,7 @@ def edges(images: Tensor) -> Tensor:
 
 
 def losses_of(outputs: dict[str, Tensor], images: Tensor, classifier: nn.Module) -> dict[str, Tensor]:
-    """Every loss from its own alias of the output; each a mean over the images."""
+    """Computes every loss from its own alias of the output, as a mean over the images."""
     return {
         "l1": F.l1_loss(outputs["l1"], images),
         "ssim": 1 - structural_similarity(outputs["ssim"], images).mean(),
@@ -140,7 +140,7 @@ def losses_of(outputs: dict[str, Tensor], images: Tensor, classifier: nn.Module)
 
 
 def load_images() -> tuple[Tensor, Tensor, Tensor]:
-    """Images and digits to train on, images to test on."""
+    """Training images with their digits, and test images."""
     digits = load_digits()  # 1,797 images of 8 × 8 pixels from 0 to 16
     images, labels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
     train, test = train_test_split(range(len(labels)), test_size=0.25, stratify=digits.target, random_state=0)
@@ -148,7 +148,7 @@ def load_images() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def draw(images: Tensor, outputs: Tensor, path: Path) -> None:
-    """Test images above, their reconstructions below."""
+    """Draws test images above their reconstructions."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -170,13 +170,25 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=32, help="images per micro-batch and process (default: 32)")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step (default: 1)")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW (default: 0.002)")
-    parser.add_argument("--seed", type=int, default=0, help="of the models and the order (default: 0)")
-    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="(default: no)")
-    parser.add_argument("--checkpoint_dir", type=Path, help="keep the latest checkpoint here")
-    parser.add_argument("--save_every", type=int, default=200, help="optimizer steps between two (default: 200)")
-    parser.add_argument("--resume", action="store_true", help="go on from what is in --checkpoint_dir, if anything is")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/multi_loss"), help="(default: %(default)s)")
-    parser.add_argument("--cpu", action="store_true", help="train on the CPU, also where there are accelerators")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of the models and the order of samples (default: 0)"
+    )
+    parser.add_argument(
+        "--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="precision (default: no)"
+    )
+    parser.add_argument(
+        "--checkpoint_dir", type=Path, help="folder in which the latest checkpoint is kept (default: none is saved)"
+    )
+    parser.add_argument(
+        "--save_every", type=int, default=200, help="optimizer steps between two checkpoints (default: 200)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the checkpoint in --checkpoint_dir, if there is one"
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/multi_loss"), help="folder for results (default: %(default)s)"
+    )
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU even if the machine has accelerators")
     args = parser.parse_args()
     if args.resume and not args.checkpoint_dir:
         parser.error("--resume needs --checkpoint_dir")
@@ -213,7 +225,7 @@ def main() -> None:
         models.append(discriminator)
 
     def judge(outputs: Tensor) -> Tensor:
-        """The discriminator's scores for the autoencoder to learn from; its own parameters get no gradient of them."""
+        """Scores that the autoencoder learns from; the discriminator's own parameters get no gradient from them."""
         inner = accelerator.unwrap_model(discriminator).requires_grad_(False)
         scores = inner(outputs)["fake"]
         inner.requires_grad_(True)
@@ -267,7 +279,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
 
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:  # the test images are few
+    if accelerator.is_main_process:  # there are few test images, so one process is enough
         with torch.no_grad():
             images = test_images.to(accelerator.device)
             output = accelerator.unwrap_model(model).eval()(images).float()

@@ -1,13 +1,14 @@
-"""What loss weighting does on two processes: other libraries, used as their pages say, and this one.
+"""Compares loss weighting on two processes with one process, for other libraries and this one.
 
-Every row trains the same small network from the same seed, once in one process on the whole batch, once in two
-processes (gloo, DDP) with half of the batch each. Right is what does not depend on that.
+Every row trains the same small network from the same seed, once in one process on the whole batch, and once in two
+processes (gloo, DDP) with half of the batch each. The results should not differ. Other libraries are used as their
+documentation says.
 
     python examples/peers_correctness.py
 
-It starts its processes itself. gradnorm-pytorch and rotograd are in the extra `benchmark`; where one is missing its
-rows say so. CoV-weighting's authors have no package: their formula is stepped in every process on the losses of that
-process, as their training script would.
+It starts its processes itself. gradnorm-pytorch and rotograd are in the extra `benchmark`; if one is missing, its rows
+say so. CoV-weighting's authors have no package, so their formula is applied in every process to the losses of that
+process, as their training script would do.
 """
 
 import argparse
@@ -35,7 +36,7 @@ TASKS, BATCH, INPUTS, WIDTH = ["a", "b", "c"], 32, 16, 24
 
 
 class Net(nn.Module):
-    """A trunk that ends in a linear layer, and three heads; all heads regress, at different scales."""
+    """A trunk that ends in a linear layer, and three regression heads with targets of different scales."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,13 +44,13 @@ class Net(nn.Module):
         self.heads = nn.ModuleList(nn.Sequential(nn.Tanh(), nn.Linear(WIDTH, 4)) for _ in TASKS)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """The answers to all tasks."""
+        """Predictions for all tasks."""
         z = self.trunk(x)
         return [head(z) for head in self.heads]
 
 
 def batches(steps: int, rank: int, world: int) -> list[tuple[Tensor, Tensor]]:
-    """This process's part of every batch; the target of the third task is noise."""
+    """This process's part of every batch; the target of the third task is mostly noise."""
     g = torch.Generator().manual_seed(1)
     teacher = torch.randn(len(TASKS), INPUTS, 4, generator=g, dtype=torch.float64) / INPUTS**0.5
     scale = torch.tensor([1.0, 5.0, 1.0], dtype=torch.float64)[:, None, None]
@@ -68,11 +69,11 @@ def losses_of(outputs: list[Tensor], y: Tensor) -> list[Tensor]:
     return [F.mse_loss(out, target) for out, target in zip(outputs, y, strict=True)]
 
 
-# ---- rows: each gives the forward and backward of a batch, its weights and rotations now, and parameters of its own --
+# ---- rows: each returns a Loop --------------------------------------------------------------------------------------
 
 
 class Loop(NamedTuple):
-    """One way to train."""
+    """One way to train: forward and backward of a batch, current weights and rotations, and additional parameters."""
 
     backward: Callable[[Tensor, Tensor], None]
     weights: Callable[[], list[float]] = list
@@ -110,7 +111,7 @@ def ours(method: Any, at_weight: bool = False, **options: Any) -> Row:
 
 
 def gradnorm_pytorch(net: Net, several: bool) -> Loop:
-    """As its README: the weight of the last shared layer, an Accelerator."""
+    """gradnorm-pytorch, used as in its README: at the weight of the last shared layer, with an Accelerator."""
     from accelerate import Accelerator
     from gradnorm_pytorch import GradNormLossWeighter
 
@@ -131,12 +132,12 @@ def gradnorm_pytorch(net: Net, several: bool) -> Loop:
 
 
 def rotograd_package(parts: bool) -> Row:
-    """As its README, wrapped in DDP whole, or its trunk and its heads one by one."""
+    """rotograd, used as in its README; DDP wraps the whole model, or the trunk and each head separately."""
 
     def make(net: Net, several: bool) -> Loop:
         import rotograd
 
-        torch.manual_seed(2)  # its rotations start at random: alike on both processes, which is in its favour
+        torch.manual_seed(2)  # its random rotations then start alike on both processes, which is in its favour
         trunk, heads = net.trunk, list(net.heads)
         if parts:
             trunk, heads = wrap(trunk, several), [wrap(head, several) for head in heads]
@@ -156,7 +157,7 @@ def rotograd_package(parts: bool) -> Row:
 
 
 def cov_per_process(net: Net, several: bool) -> Loop:
-    """The authors' formula on the losses of this process."""
+    """CoV-weighting by the authors' formula, on the losses of this process."""
     model, method = wrap(net, several), CoVWeighting(total="tasks")
     w, state = method.init(TASKS)
 
@@ -184,7 +185,7 @@ ROWS: dict[str, Row] = {
 
 
 def train(row: Row, steps: int, rank: int, world: int) -> dict[str, Tensor]:
-    """Trains; the first and the last gradient, the last weights and parameters of this process."""
+    """Trains; returns the first gradient and the last weights, rotations and parameters of this process."""
     torch.manual_seed(0)
     net = Net().double()
     parameters = list(net.parameters())
@@ -209,7 +210,7 @@ def train(row: Row, steps: int, rank: int, world: int) -> dict[str, Tensor]:
 
 
 def by_hand() -> Tensor:
-    """The first gradient by hand: of the plain sum, which all that weigh losses begin with, in one process."""
+    """The first gradient by hand in one process: that of the plain sum, with which methods that weight losses begin."""
     torch.manual_seed(0)
     net = Net().double()
     x, y = batches(1, 0, 1)[0]
@@ -218,7 +219,7 @@ def by_hand() -> Tensor:
 
 
 def worker(rank: int, world: int, folder: str, steps: int) -> None:
-    """One of the processes: all rows, one after the other."""
+    """Runs all rows, one after the other, in one of the processes."""
     torch.set_num_threads(1)
     if world > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
@@ -226,7 +227,7 @@ def worker(rank: int, world: int, folder: str, steps: int) -> None:
         dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
     results: dict[str, Any] = {}
     for name, row in ROWS.items():
-        try:  # a row that fails is a result
+        try:  # a failing row is a result too
             results[name] = train(row, steps, rank, world)
         except ModuleNotFoundError as error:  # noqa: PERF203
             results[name] = f"not installed: {error.name}"
@@ -243,7 +244,7 @@ def largest(a: Tensor, b: Tensor) -> float:
 
 
 def compare(one: Any, first: Any, second: Any) -> dict[str, Any]:
-    """The figures of one row."""
+    """Computes the figures of one row."""
     for found in (one, first, second):
         if isinstance(found, str):
             return {"note": found}
@@ -259,8 +260,8 @@ def compare(one: Any, first: Any, second: Any) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=50, help="(default: 50)")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--steps", type=int, default=50, help="optimizer steps (default: 50)")
+    parser.add_argument("--json", type=Path, help="file to which the figures are also written")
     args = parser.parse_args()
     missing = [name for name in ("gradnorm_pytorch", "rotograd") if importlib.util.find_spec(name) is None]
     if missing:

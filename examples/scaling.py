@@ -1,12 +1,12 @@
-"""What the one all-reduce of a step costs: measured on 2, 4 and 8 processes of this machine, modelled up to 4,096.
+"""Measures the one all-reduce of a step on 2, 4 and 8 processes of this machine, and models it up to 4,096.
 
     python examples/scaling.py
 
-The model is the usual one of a ring, `2 (N − 1) latency + 2 (N − 1) / N · bytes / bandwidth`, or of a tree, `2 log2(N)
-latency + 2 bytes / bandwidth`, whichever is faster. Gloo's ring is fitted to what is measured, as a check on the form:
-processes that share a core wait for each other, so both terms are multiplied by processes per core. For a cluster the
-latency and the bandwidth are assumptions, printed with the table, and the yardstick is the all-reduce of the gradients
-that every data-parallel job does anyway.
+The model is the usual one of a ring, `2 (N − 1) latency + 2 (N − 1) / N · bytes / bandwidth`, or of a tree,
+`2 log2(N) latency + 2 bytes / bandwidth`, whichever is faster. As a check on its form, gloo's ring is fitted to the
+measurements; processes that share a core wait for each other, so both terms are multiplied by processes per core. For
+a cluster, latency and bandwidth are assumptions, which are printed with the table. The times are compared with the
+all-reduce of the gradients, which every data-parallel job does anyway.
 """
 
 import argparse
@@ -32,10 +32,10 @@ RANKS = (8, 64, 512, 4096)
 
 
 def numbers(tasks: int, width: int = 0, weight: int = 0) -> int:
-    """How many float64 numbers a step sends: header, 4 K counts and losses, Gram matrix (or K · |W|), skew moments."""
+    """How many float64 numbers a step sends: header, five values per task, Gram matrix (or K · |W|), cross products."""
     header = 11 + 4 * bool(width)
     moments = tasks * (tasks - 1) // 2 * (width * (width - 1) // 2)
-    return header + 5 + 4 * tasks + (tasks * weight or tasks**2) + moments
+    return header + 6 + 5 * tasks + (tasks * weight or tasks**2) + moments
 
 
 CASES = {
@@ -47,7 +47,7 @@ CASES = {
 
 
 def sent(method: Any, tasks: int, width: int) -> int:
-    """How many numbers a weighter really sends in its third step."""
+    """Counts the numbers that a weighter sends in its third step."""
     torch.manual_seed(0)
     trunk, heads = nn.Linear(4, width), [nn.Linear(width, 1) for _ in range(tasks)]
     names = [f"task {k}" for k in range(tasks)]
@@ -101,15 +101,20 @@ def cluster(ranks: int, size: float, latency: float, per_byte: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", default="2,4,8", help="that are measured (default: 2,4,8)")
+    parser.add_argument("--processes", default="2,4,8", help="numbers of processes to measure (default: 2,4,8)")
     parser.add_argument("--repeats", type=int, default=200, help="all-reduces of each size (default: 200)")
     parser.add_argument(
-        "--parameters", type=float, default=110e6, help="of the model on the cluster (default: 110e6, BERT)"
+        "--parameters", type=float, default=110e6, help="parameters of the model on the cluster (default: 110e6, BERT)"
     )
-    parser.add_argument("--gradient_bytes", type=int, default=4, help="per parameter (default: 4)")
-    parser.add_argument("--latency", type=float, default=20, help="of a hop on the cluster, microseconds (default: 20)")
-    parser.add_argument("--bandwidth", type=float, default=25, help="of a process on the cluster, GB/s (default: 25)")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument(
+        "--gradient_bytes",
+        type=int,
+        default=4,
+        help="bytes of the gradient per parameter (default: 4)",
+    )
+    parser.add_argument("--latency", type=float, default=20, help="microseconds of a hop on the cluster (default: 20)")
+    parser.add_argument("--bandwidth", type=float, default=25, help="GB/s of a process on the cluster (default: 25)")
+    parser.add_argument("--json", type=Path, help="file to which the figures are also written")
     args = parser.parse_args()
 
     worlds, cores = [int(n) for n in args.processes.split(",")], len(os.sched_getaffinity(0))
@@ -127,7 +132,7 @@ def main() -> None:
 
     points = [(n, size, times[1]) for n, sizes in measured.items() for size, times in sizes.items()]
     share = [max(1, n / cores) for n, _, _ in points]
-    # Least squares of the relative error: every point counts alike.
+    # Least squares of the relative error, so that every point has the same weight.
     terms = [
         [s * 2 * (n - 1) / t, s * 2 * (n - 1) / n * size / t] for (n, size, t), s in zip(points, share, strict=True)
     ]

@@ -1,9 +1,9 @@
 """Texts with several kinds of labels, and an encoder with a head for each kind.
 
-For `finetune_text.py` and `finetune_trainer.py`. A data set comes from `datasets.load_dataset`, a model from
+For `finetune_text.py` and `finetune_trainer.py`. A data set comes from `datasets.load_dataset` and a model from
 `AutoModel`, by its name on the hub or from a local folder. The columns named on the command line become tasks:
 `--classification` (one label per text), `--regression` (one number per text), `--tagging` (one label per word). A text
-that has no label for a task counts for the others only.
+without a label for a task is used for the other tasks only.
 """
 
 import argparse
@@ -29,18 +29,18 @@ from transformers import (
 )
 
 SENTENCES = Path(__file__).parent / "data" / "sentences"
-IGNORED = -100  # where a text or a word has no label
+IGNORED = -100  # the label of a text or a word that has none
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a head answers, and how it is judged.
+    """What a head predicts, and how it is evaluated.
 
     Attributes:
         kind: "classification", "regression" or "tagging".
         labels: Names of the labels; none for a regression.
         mean: Of a regression's numbers in the training texts.
-        deviation: Their standard deviation; the head answers in units of it.
+        deviation: Their standard deviation; the head predicts in units of it.
     """
 
     kind: str
@@ -50,23 +50,23 @@ class Task:
 
     @property
     def metric(self) -> str:
-        """What `score` measures."""
+        """Name of the metric that `score` measures."""
         return {"classification": "accuracy", "regression": "mean absolute error", "tagging": "F1 of tagged words"}[
             self.kind
         ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of both examples."""
+    """Adds the options that both examples have."""
     data = parser.add_argument_group("texts and model")
     data.add_argument("--model", help="encoder: a name on the hub or a folder (default: a small BERT, from scratch)")
     data.add_argument(
         "--dataset",
         default=str(SENTENCES),
         help="a name on the hub or a folder, with a split `train` and one `test` or `validation` (default: 1,550 short "
-        "reviews that ship with the examples)",
+        "reviews that are part of the examples)",
     )
-    data.add_argument("--dataset_config", help="its configuration, where it has several")
+    data.add_argument("--dataset_config", help="configuration of the data set, if it has several")
     data.add_argument("--text", default="text", help="column of texts, or of lists of words (default: text)")
     for kind, column, what in (
         ("classification", "topic", "classes"),
@@ -78,14 +78,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             nargs="*",
             default=[column],
             metavar="COLUMN",
-            help=f"columns of {what}, a task each; without a name: none (default: {column})",
+            help=f"columns of {what}, one task per column; give no name for none (default: {column})",
         )
-    data.add_argument("--max_length", type=int, default=128, help="in tokens (default: 128)")
-    data.add_argument("--lora", action="store_true", help="train low-rank adapters of the encoder only, with PEFT")
+    data.add_argument("--max_length", type=int, default=128, help="maximum length of a text in tokens (default: 128)")
+    data.add_argument("--lora", action="store_true", help="train only low-rank adapters of the encoder, with PEFT")
 
 
 def load_texts(args: argparse.Namespace) -> tuple[DatasetDict, dict[str, Task]]:
-    """Splits `train` and `test`, and the tasks."""
+    """Loads the splits `train` and `test`, and finds the tasks."""
     splits = load_dataset(args.dataset, args.dataset_config)
     if "test" not in splits:
         splits["test"] = splits["validation"]
@@ -103,7 +103,7 @@ def load_texts(args: argparse.Namespace) -> tuple[DatasetDict, dict[str, Task]]:
 
 
 def label_names(split: Any, column: str) -> list[str]:
-    """Names of a column's labels: those that the data set declares, or all that occur."""
+    """Names of a column's labels: those that the data set declares, or else all that occur."""
     feature = split.features[column]
     feature = getattr(feature, "feature", feature)  # of a list
     if isinstance(feature, ClassLabel):
@@ -112,7 +112,7 @@ def label_names(split: Any, column: str) -> list[str]:
 
 
 def as_words(value: Any) -> list[Any]:
-    """A list as it is, a string at its blanks, a number alone."""
+    """Words of a value: a list as it is, a string split at spaces, a number as a list of one."""
     if isinstance(value, str):
         return value.split()
     return list(value) if isinstance(value, Sequence) else [value]
@@ -148,7 +148,7 @@ class Collator:
         self.tokenizer, self.tasks, self.text, self.max_length = tokenizer, tasks, text, max_length
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """`input_ids`, `attention_mask`, labels by task, and `num_items`: whole numbers, so that no device is asked."""
+        """Returns `input_ids`, `attention_mask`, labels by task, and `num_items` as integers on the host."""
         encoded = self.tokenizer(
             [as_words(row[self.text]) for row in rows],
             is_split_into_words=True,
@@ -170,13 +170,13 @@ class Collator:
         return {**batch, "num_items": {name: int(is_labelled(batch[name]).sum()) for name in self.tasks}}
 
     def index(self, task: Task, label: Any) -> int:
-        """A label's number."""
+        """The index of a label."""
         if label is None:
             return IGNORED
         return label if isinstance(label, int) else task.labels.index(str(label))
 
     def tags(self, task: Task, value: Any, words: Sequence[int | None]) -> list[int]:
-        """One label per token: every word's at its first token."""
+        """One label per token: that of a word at its first token, and none at its other tokens."""
         if value is None:
             return [IGNORED] * len(words)
         labels = [self.index(task, label) for label in as_words(value)]
@@ -185,12 +185,12 @@ class Collator:
 
 
 def is_labelled(labels: Tensor) -> Tensor:
-    """Where there is a label."""
+    """A mask that is true where there is a label."""
     return ~labels.isnan() if labels.is_floating_point() else labels != IGNORED
 
 
 class SentenceHead(nn.Module):
-    """Answers with one vector per text, from the mean over its tokens."""
+    """Predicts one vector per text, from the mean over its tokens."""
 
     def __init__(self, width: int, outputs: int):
         super().__init__()
@@ -204,7 +204,7 @@ class SentenceHead(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """Answers with one vector per token."""
+    """Predicts one vector per token."""
 
     def __init__(self, width: int, outputs: int):
         super().__init__()
@@ -230,7 +230,7 @@ class MultiTaskEncoder(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, num_items: dict[str, int] | None = None, **labels: Tensor
     ) -> dict[str, Any]:
-        """The answers to all tasks; with labels, the losses too, each a mean over the items that have one."""
+        """Predictions for all tasks; with labels also the losses, each a mean over the items that have a label."""
         z = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         outputs: dict[str, Any] = {name: head(z, attention_mask) for name, head in self.heads.items()}
         if labels:
@@ -239,7 +239,7 @@ class MultiTaskEncoder(nn.Module):
         return outputs
 
     def loss(self, name: str, output: Tensor, labels: Tensor) -> Tensor:
-        """The mean over what is labelled; 0 where nothing is."""
+        """The mean over the items that have a label; 0 if there are none."""
         task = self.tasks[name]
         if task.kind == "regression":
             wanted = (labels - task.mean) / task.deviation
@@ -252,11 +252,11 @@ class MultiTaskEncoder(nn.Module):
 def make_model(
     args: argparse.Namespace, tasks: dict[str, Task], tokenizer: PreTrainedTokenizerBase
 ) -> MultiTaskEncoder:
-    """The encoder that was asked for, with its heads."""
+    """Makes the chosen encoder with its heads."""
     if args.model:
         encoder = AutoModel.from_pretrained(args.model)
         if getattr(encoder, "pooler", None) is not None:
-            encoder.pooler = None  # no task would train it, which DDP takes for a mistake
+            encoder.pooler = None  # no task uses it, and DDP fails on parameters without a gradient
     else:
         config = BertConfig(
             vocab_size=len(tokenizer),
@@ -265,8 +265,8 @@ def make_model(
             num_attention_heads=4,
             intermediate_size=128,
             max_position_embeddings=args.max_length,
-            initializer_range=0.1,  # from the usual 0.02 so narrow an encoder starts slowly
-            hidden_dropout_prob=0.0,  # every process draws its own dropout: the weights would depend on their number
+            initializer_range=0.1,  # with the usual 0.02, such a narrow encoder starts slowly
+            hidden_dropout_prob=0.0,  # each process draws its own dropout, so weights would depend on their number
             attention_probs_dropout_prob=0.0,
         )
         encoder = BertModel(config, add_pooling_layer=False)
@@ -279,12 +279,12 @@ def make_model(
 
 
 def load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
-    """The model's, or what `make_tokenizer` left in the output folder."""
+    """Loads the model's tokenizer, or the one that `make_tokenizer` saved in the output folder."""
     return AutoTokenizer.from_pretrained(args.model or args.output_dir / "tokenizer")
 
 
 def score(tasks: dict[str, Task], outputs: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
-    """Per text, the two numbers whose sums over all texts make every task's metric; shape: [batch, 2 · tasks]."""
+    """Two numbers per text and task, whose sums over all texts give the metric; shape: [batch, 2 · tasks]."""
     columns = []
     for name, task in tasks.items():
         output, label = outputs[name], labels[name]
@@ -303,6 +303,6 @@ def score(tasks: dict[str, Task], outputs: dict[str, Tensor], labels: dict[str, 
 
 
 def metrics(tasks: dict[str, Task], scores: Tensor) -> dict[str, float]:
-    """`{task: metric}` from the sums of `score`."""
+    """Returns `{task: metric}` from the sums of `score`."""
     above, below = scores.sum(0).view(-1, 2).T
     return dict(zip(tasks, (above / below.clamp(min=1)).tolist(), strict=True))

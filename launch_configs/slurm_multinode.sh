@@ -12,12 +12,12 @@
 
 set -euo pipefail
 export CONFIG=${CONFIG:-launch_configs/fsdp2_multinode.yaml}
-MAIN_IP=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # apart from `export`, which would hide a failure
+MAIN_IP=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # not in the line of `export`, which would hide a failure
 export MAIN_IP
-export MAIN_PORT=$((20000 + SLURM_JOB_ID % 10000)) # two jobs that share a machine do not meet
+export MAIN_PORT=$((20000 + SLURM_JOB_ID % 10000)) # so that two jobs on one machine do not collide
 export PROCESSES=$((SLURM_JOB_NUM_NODES * ${SLURM_GPUS_ON_NODE:-8}))
 
-# In single quotes: SLURM_NODEID is another one on every machine.
+# In single quotes, because SLURM_NODEID differs between machines.
 srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch --config_file "$CONFIG" \
     --num_machines "$SLURM_JOB_NUM_NODES" --num_processes "$PROCESSES" --machine_rank "$SLURM_NODEID" \
     --main_process_ip "$MAIN_IP" --main_process_port "$MAIN_PORT" "$@"' launch "$@"

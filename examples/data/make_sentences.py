@@ -1,19 +1,19 @@
-"""Makes the sentences of `finetune_text.py` and `finetune_trainer.py`: short reviews with three kinds of labels.
+"""Makes the texts of `finetune_text.py` and `finetune_trainer.py`: short reviews with three kinds of labels.
 
     python examples/data/make_sentences.py
 
-writes `sentences/train.jsonl` and `sentences/test.jsonl` next to this file, the same bytes every time. A line holds
+writes `sentences/train.jsonl` and `sentences/test.jsonl` next to this file, with the same bytes every time. A line has
 
-    text    words and punctuation, separated by blanks
+    text    words and punctuation, separated by spaces
     topic   what is reviewed: restaurant, hotel, film, book, phone or train
-    rating  what the opinions in the sentence amount to, from 1 to 5; null where the sentence only states a fact
+    rating  the opinion in the sentence, from 1 to 5; null if the sentence only states a fact
     tags    one per word: persons (PER), towns (LOC) and names of what is reviewed (NAME) as B-, I- and O;
-            null where nobody annotated the words, which is two sentences in five
+            null if the words are not annotated, which is the case for two sentences in five
 
-The labels are what the sentence was made from, so they are right by construction: no model and no reader guessed them.
+The sentences are made from their labels, so the labels are correct: no model and no reader guessed them.
 The rating is 3 plus the mean strength of the opinion words (from −2 to 2), each strengthened by "very", softened by
 "fairly", or turned by "not". A third of the names, persons and towns occur in the test sentences only. A few sentences
-leave open what they are about ("The ending of the Blue Fox was wonderful"): nobody can be right about all of them.
+are ambiguous ("The ending of the Blue Fox was wonderful"), so no model can classify all of them correctly.
 """
 
 import json
@@ -43,7 +43,7 @@ MODELS = [
     "Nova", "Pico", "Aria", "Vento", "Lumo", "Zephyr", "Orion", "Kite",
 ]  # fmt: skip
 
-# What is judged, per topic. Some words are at home in several topics, so that the whole sentence is needed.
+# What is reviewed, per topic. Some words belong to several topics, so that the whole sentence is needed.
 ASPECTS = {
     "restaurant": ["soup", "service", "menu", "dessert", "wine list", "bread", "waiter", "kitchen"],
     "hotel": ["room", "service", "breakfast", "bed", "view", "reception", "bathroom", "lobby"],
@@ -84,18 +84,18 @@ SIZES = {"train": 1200, "test": 350}
 
 
 class Writer:
-    """Writes the sentences of one split, which alone decides what is drawn."""
+    """Writes the sentences of one split, whose name is the random seed."""
 
     def __init__(self, split: str):
         self.random = random.Random(f"sentences/{split}")
         self.split = split
 
     def one_of(self, words: list[str]) -> str:
-        """A name: in training from the first two thirds of the list, in testing from all of it."""
+        """Draws a name: in training from the first two thirds of the list, in testing from all of it."""
         return self.random.choice(words[: 2 * len(words) // 3] if self.split == "train" else words)
 
     def name(self, topic: str) -> str:
-        """What is reviewed."""
+        """The name of what is reviewed."""
         if topic == "phone":
             return f"the {self.one_of(MODELS)} {self.random.randint(2, 9)}"
         if topic == "train":
@@ -103,7 +103,7 @@ class Writer:
         return f"the {self.one_of(COLOURS)} {self.one_of(THINGS)}"
 
     def opinion(self) -> tuple[str, float]:
-        """Words of judgement, and how strong they are."""
+        """Draws opinion words, and returns their strength."""
         word = self.random.choice(list(STRENGTHS))
         strength, chance = STRENGTHS[word], self.random.random()
         if chance < 0.2 and word in GRADABLE:
@@ -115,7 +115,7 @@ class Writer:
         return word, strength
 
     def fill(self, pattern: str, topic: str, name: str) -> list[tuple[str, str]]:
-        """The words of a pattern with their tags."""
+        """Fills a pattern; returns its words with their tags."""
         person = self.one_of(FIRST) + (f" {self.one_of(LAST)}" if self.random.random() < 0.6 else "")
         town = self.one_of(TOWNS)
         town2 = self.one_of([other for other in TOWNS if other != town])
@@ -125,7 +125,7 @@ class Writer:
             if word.strip("{}") in slots:
                 value, kind = slots[word.strip("{}")]
                 article, words = ["the"], value.split()
-                if words[0] == "the":  # belongs to the sentence, not to the name
+                if words[0] == "the":  # the article belongs to the sentence, not to the name
                     pairs += [(w, "O") for w in article]
                     words = words[1:]
                 pairs += [(w, f"{'I' if i else 'B'}-{kind}") for i, w in enumerate(words)]
@@ -135,7 +135,7 @@ class Writer:
         return pairs
 
     def sentence(self) -> dict[str, object]:
-        """One line."""
+        """Makes one line."""
         topic = self.random.choice(list(ASPECTS))
         name, rating = self.name(topic), None
         if self.random.random() < 0.3:
@@ -172,7 +172,7 @@ def main() -> None:
         writer, lines = Writer(split), []
         while len(lines) < size:
             sentence = writer.sentence()
-            if sentence["text"] not in seen:  # no sentence twice, and none in both splits
+            if sentence["text"] not in seen:  # no sentence occurs twice or in both splits
                 seen.add(sentence["text"])
                 lines.append(json.dumps(sentence, ensure_ascii=False))
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")

@@ -1,6 +1,7 @@
-"""CoV-weighting (Groenendijk et al. 2021): figures that follow from its formulae with pencil and paper.
+"""CoV-weighting (Groenendijk et al. 2021): figures that follow from its formulae in closed form.
 
-The paper's experiments (depth and segmentation with up to 32 losses) need data sets and days on GPUs: none is rerun.
+The paper's experiments (depth and segmentation with up to 32 losses) need data sets and days on GPUs; they are not
+repeated here.
 
     python examples/papers/cov_closed_forms.py
 """
@@ -40,7 +41,8 @@ def main() -> None:
         0,
         1e-15,
     )
-    # After two observations the ratios are 1 and 0.99 (standard deviation 0.005, mean 0.995); 1e-8 floors the other.
+    # After two observations the ratios are 1 and 0.99 (standard deviation 0.005, mean 0.995). 1e-8 keeps the constant
+    # loss's weight above 0.
     c = math.sqrt(0.005**2 + 1e-8) / 0.995
     expected = 1e-4 / (1e-4 + c)
     checks.between("α of the constant loss at step 2 / its closed form", float(w[2, 0]) / expected, 1 - 1e-9, 1 + 1e-9)

@@ -1,14 +1,14 @@
 """GradNorm's toy (Chen et al. 2018, §4): tasks that differ in nothing but the scale of their targets.
 
-`f_i(x) = σ_i tanh((B + ε_i) x)`, one trunk of four layers, one head per task, α = 0.12: with equal weights the task of
-the largest σ is all that the trunk learns. The paper prints curves and no numbers; what it claims, and what is checked
-here, is that the weighted gradient norms come to `Ḡ r_i^α`, that small scales get large weights, and that the sum of
-the tasks' normalised test losses falls.
+`f_i(x) = σ_i tanh((B + ε_i) x)`, one trunk of four layers, one head per task, α = 0.12. With equal weights the trunk
+learns only the task of the largest σ. The paper prints curves and no numbers. It claims, and this script checks, that
+the weighted gradient norms approach `Ḡ r_i^α`, that tasks of small scale get large weights, and that the sum of the
+tasks' normalised test losses falls.
 
     python examples/papers/gradnorm_toy.py
 
-Not the paper's data: with its own (std 10 and 3.5) tanh saturates and next to nothing can be learned, by any weights.
-Here `B` and `ε` are a hundredth of that, in the same proportion.
+The data differs from the paper's: with standard deviations of 10 and 3.5, as given there, tanh saturates and hardly
+anything can be learned with any weights. Here `B` and `ε` are a hundredth of that, in the same proportion.
 """
 
 import itertools
@@ -37,7 +37,7 @@ class Net(nn.Module):
         self.heads = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Linear(WIDTH, OUTPUTS)) for _ in range(tasks))
 
     def forward(self, x: Tensor) -> Tensor:
-        """All answers, `[tasks, batch, outputs]`."""
+        """Predictions for all tasks, `[tasks, batch, outputs]`."""
         z = self.last(self.trunk(x))
         return torch.stack([head(z) for head in self.heads])
 
@@ -59,7 +59,7 @@ class Tasks:
 
 
 def train(method, sigma: tuple[int, ...], steps: int, lr: float, seed: int, at: str = "W") -> dict:
-    """One run: the weights over time, how far the norms are from their targets, and the test losses over variance."""
+    """Makes one run; returns weights over time, the distance of the norms from their targets, and the test score."""
     tasks = Tasks(sigma, seed)
     test_x, test_y = tasks.sample(2000)
     torch.manual_seed(seed)

@@ -1,9 +1,9 @@
 """A stand-in for RotoGrad's Multi-MNIST experiment (§5): five tasks on pairs of synthetic digits, five seeds.
 
-Ten random glyphs of 48 pixels take the place of handwritten digits; two lie side by side and 18 % of the pixels flip.
+Ten random glyphs of 48 pixels replace handwritten digits; two stand side by side and 18 % of the pixels are flipped.
 The tasks are the paper's: left digit, right digit, their sum, the parity of their product, the number of active pixels.
-The data is not the paper's, so its figures cannot be expected; what is checked is the order: RotoGrad classifies better
-than the plain sum, and its gradients at the shared representation agree more than under magnitudes alone.
+The data is not the paper's, so the paper's figures cannot be expected. The script checks the order: RotoGrad classifies
+better than the plain sum, and its gradients at the shared representation agree more than with magnitudes alone.
 
     python examples/papers/multi_digits_synthetic.py
 """
@@ -32,14 +32,14 @@ METHODS = {
 
 
 class Digits:
-    """Pairs of noisy glyphs, drawn afresh for every batch."""
+    """Pairs of noisy glyphs, drawn anew for every batch."""
 
     def __init__(self, seed: int):
         self.generator = torch.Generator().manual_seed(seed)
         self.glyphs = torch.randint(2, (10, PIXELS), generator=self.generator).float()
 
     def sample(self, size: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images `[size, 96]` and the answers to all tasks."""
+        """Images `[size, 96]` and the targets of all tasks."""
         pair = torch.randint(10, (size, 2), generator=self.generator)
         clean = self.glyphs[pair].flatten(1)
         flips = torch.rand(clean.shape, generator=self.generator) < FLIPPED
@@ -60,7 +60,7 @@ class Net(nn.Module):
         )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """The answers to all tasks."""
+        """Predictions for all tasks."""
         z = self.trunk(x)
         return {task: head(z).squeeze(-1) for task, head in self.heads.items()}
 
@@ -71,7 +71,7 @@ def compute_losses(outputs: dict[str, Tensor], answers: dict[str, Tensor]) -> di
 
 
 def train(job: tuple[str, int, int]) -> tuple[str, dict[str, float]]:
-    """One run: the test metrics, and the mean cosine of the gradients over the last quarter of the steps."""
+    """Makes one run; returns test metrics and the mean cosine of gradients over the last quarter of the steps."""
     name, seed, steps = job
     torch.set_num_threads(1)
     torch.manual_seed(seed)

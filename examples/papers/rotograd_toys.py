@@ -1,13 +1,13 @@
 """RotoGrad's toys (Javaloy and Valera, §4): two tasks, one optimum each, one network output for both.
 
-`L = φ(R_1 f(x), 1) + φ(R_2 f(x), 2)` for a single input: without rotations the output is drawn to two places at once
-and stays between them. Rotations can lay the two optima on top of each other.
+`L = φ(R_1 f(x), 1) + φ(R_2 f(x), 2)` for a single input. Without rotations the output is drawn to two places at once
+and stays between them. Rotations can bring the two optima to the same place.
 
     python examples/papers/rotograd_toys.py
 
-The formula of the paper's convex φ is in an appendix that is not public; here it is
+The formula of the paper's convex φ is in an appendix that is not public. Here it is
 `log cosh a + ½ log cosh b + 0.05 (a² + b²)` with `a, b` the sum and the difference of `z − c`, `c = ±(1.5, 1.5)`. The
-non-convex one is that of the authors' example. All seeds advance side by side; every seed has a `RotoGrad` of its own.
+non-convex one is that of the authors' example. All seeds are trained in parallel, each with its own `RotoGrad` state.
 """
 
 import math
@@ -26,7 +26,7 @@ CENTRES = torch.tensor([[1.5, 1.5], [-1.5, -1.5]], dtype=torch.float64)
 
 
 def convex(r: Tensor) -> Tensor:
-    """Convex, smooth, of minimum 0 at the task's own centre; `[seeds, tasks, 2]` to `[seeds, tasks]`."""
+    """Convex and smooth, with minimum 0 at the task's own centre; `[seeds, tasks, 2]` to `[seeds, tasks]`."""
     u = r - CENTRES
     a, b = u.sum(-1), u[..., 0] - u[..., 1]
 
@@ -37,7 +37,7 @@ def convex(r: Tensor) -> Tensor:
 
 
 def rippled(r: Tensor) -> Tensor:
-    """Of the authors' example, raised by 6: many local minima around the one at the task's own centre."""
+    """The authors' function plus 6: many local minima around the global one at the task's own centre."""
     u = r - CENTRES
     return 6 - 3 * torch.sinc(3 * u / math.pi).sum(-1) + u.abs().sum(-1)
 
@@ -45,11 +45,13 @@ def rippled(r: Tensor) -> Tensor:
 def train(
     method, phi: Callable[[Tensor], Tensor], x: Tensor, seeds: int, steps: int, lr: float, name: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Trains `seeds` networks 2-10-2: the losses and the outputs over time, and the rotations at the end."""
+    """Trains `seeds` networks 2-10-2; returns losses and outputs over time, and the rotations at the end."""
 
     def uniform(*shape: int, inputs: int) -> Tensor:
-        g = torch.Generator().manual_seed(len(shape) + inputs)  # a seed begins alike, however many there are
-        bound = inputs**-0.5  # as nn.Linear begins
+        g = torch.Generator().manual_seed(
+            len(shape) + inputs
+        )  # the start of a seed does not depend on the number of seeds
+        bound = inputs**-0.5  # as nn.Linear is initialised
         return ((torch.rand(seeds, *shape, generator=g, dtype=torch.float64) * 2 - 1) * bound).requires_grad_()
 
     parameters = [uniform(10, 2, inputs=2), uniform(10, inputs=2), uniform(2, 10, inputs=10), uniform(2, inputs=10)]
@@ -70,7 +72,7 @@ def train(
         for s in range(seeds):
             window = Statistics(seen[s], BOTH, norms[s], gram[s], moments[s], step=step)
             w, states[s] = method.update(states[s], window)
-            weights.append(w)  # of this very step, as in Algorithm 1
+            weights.append(w)  # weights of the current step, as in Algorithm 1
         direction = (torch.stack(weights)[..., None] * G).sum(1)
         for p, gradient in zip(parameters, torch.autograd.grad(z, parameters, direction), strict=True):
             p.data -= lr * gradient
@@ -110,7 +112,7 @@ def main() -> None:
             checks.between(f"convex, {name}: seeds of {seeds} that solve both", solved, 0, 0)
         else:
             checks.between(f"convex, {name}: seeds of {seeds} that solve both", solved, seeds, seeds)
-            # The optima lie opposite: half a turn apart.
+            # The optima lie opposite each other, half a turn apart.
             angle = torch.atan2(R[:, :, 1, 0], R[:, :, 0, 0])
             apart = ((angle[:, 0] - angle[:, 1]).remainder(2 * math.pi) - math.pi).abs()
             checks.between(

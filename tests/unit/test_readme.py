@@ -1,5 +1,6 @@
-"""The README's code runs as printed, its diff is a working loop, and it names all that is exported."""
+"""The READMEs: their code runs as printed, their links and paths lead somewhere, and the front page stays short."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -8,25 +9,50 @@ import torch
 
 import accel_weighting
 
-README = Path(__file__).parents[2] / "README.md"
-TEXT = README.read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+SKIPPED = {"runs", "build", "dist"}
+PAGES = sorted(
+    path
+    for path in ROOT.rglob("*.md")
+    if not any(part in SKIPPED or part.startswith(".") for part in path.relative_to(ROOT).parts)
+)
+TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
+PRINTED = {"CONTRIBUTING.md": "{'small': 1.8", "examples/README.md": "True\n"}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return [code for found, code in FENCE.findall(TEXTS[page]) if found == language]
+
+
+WITH_CODE = [page for page in TEXTS if blocks(page, "python")]
+
+
+# ---- code --------------------------------------------------------------------------------------------------------
 
 
 def test_there_is_code() -> None:
-    assert len(BLOCKS) >= 4
+    assert len(blocks("README.md", "python")) >= 4
+    assert {"README.md", "CONTRIBUTING.md", "examples/README.md", "accel_weighting/integrations/README.md"} == set(
+        WITH_CODE
+    )
 
 
-def test_the_python_blocks_run_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_the_python_blocks_run_in_order(
+    page: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where a block writes
     torch.manual_seed(0)
     scope: dict[str, object] = {"__name__": "readme"}
-    for block in BLOCKS:
-        exec(compile(block, str(README), "exec"), scope)
-    assert "{'small': 1.8" in capsys.readouterr().out
+    for block in blocks(page, "python"):
+        exec(compile(block, page, "exec"), scope)
+    assert PRINTED.get(page, "") in capsys.readouterr().out
 
 
 def test_the_diff_is_a_working_loop() -> None:
-    diff = re.search(r"```diff\n(.*?)```", TEXT, re.S).group(1)
+    (diff,) = blocks("README.md", "diff")
     changed = [line for line in diff.splitlines() if line.startswith(("+", "-"))]
     assert len(changed) <= 6, "about four lines change"
     code = "\n".join(line[2:] for line in diff.splitlines() if not line.startswith("-"))
@@ -57,13 +83,95 @@ def test_the_diff_is_a_working_loop() -> None:
     assert not torch.equal(before, model.trunk.weight)
 
 
+# ---- the front page ----------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("name", [n for n in accel_weighting.__all__ if n != "State"])
 def test_every_public_name_is_in_the_readme(name: str) -> None:
-    assert re.search(rf"\b{name}\b", TEXT)
+    assert re.search(rf"\b{name}\b", TEXTS["README.md"])
+
+
+def test_the_front_page_is_short() -> None:
+    text = TEXTS["README.md"]
+    assert len(text.splitlines()) <= 330 and len(text.encode()) <= 26_000
+    assert len(re.findall(r"^## ", FENCE.sub("", text), re.M)) <= 14
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_no_line_of_prose_is_long(page: str) -> None:
+    prose = FENCE.sub("", TEXTS[page]).splitlines()
+    assert not [line for line in prose if len(line) > 160 and not line.startswith(("|", "!["))]
+
+
+# ---- links, paths and commands -----------------------------------------------------------------------------------
+
+
+def anchors(text: str) -> set[str]:
+    """GitHub's anchors of all headings."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_link_leads_somewhere(page: str) -> None:
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", TEXTS[page])):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
+            broken.append(link)
+    assert not broken
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every command of every page: lines of bash blocks, and spans of code that begin with one."""
+    found = []
+    for page, text in TEXTS.items():
+        spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", FENCE.sub("", text))]
+        lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+        starts = ("python ", "accelerate launch", "LAUNCH ", "bash ", "sbatch ", "pip ", "CONFIG=")
+        found += [(page, command) for command in [*spans, *lines] if command.startswith(starts)]
+    return found
+
+
+def options(source: str) -> set[str]:
+    """All options that a script declares, whether written out or made from a list of names."""
+    return {
+        node.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+
+
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_every_command_exists(page: str, command: str) -> None:
+    words = command.split()
+    for word in words:
+        if re.fullmatch(r"(?:CONFIG=)?[\w./]+/[\w./]+\.(?:py|yaml|sh|txt)", word) and not word.startswith("RUN"):
+            assert (ROOT / word.removeprefix("CONFIG=")).is_file(), word
+    if "-m" in words:
+        module = words[words.index("-m") + 1]
+        at, script = words.index("-m") + 1, ROOT / f"{module.replace('.', '/')}.py"
+        if script.parent.is_dir() and module.partition(".")[0] in ("accel_weighting", "tests"):
+            assert script.is_file() or (script.with_suffix("") / "__main__.py").is_file(), module
+    else:
+        at = next((i for i, word in enumerate(words) if word.endswith(".py")), len(words))
+        script = ROOT / words[at] if at < len(words) else ROOT
+    if script.is_file():
+        shared = [path for path in (script.parent / "check.py", script.parent / "text_data.py") if path.exists()]
+        known = set().union(*(options(path.read_text()) for path in (script, *shared)))
+        given = [word.partition("=")[0] for word in words[at + 1 :] if word.startswith("--")]
+        assert not [option for option in given if option not in known]
 
 
 def test_the_ci_runs_the_readmes_commands_word_for_word() -> None:
-    ci = (README.parent / ".ci" / "run").read_text()
-    commands = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
-    launch, tests = (next(c.strip() for c in commands if word in c) for word in ("multi_digits.py", "pytest"))
-    assert launch in ci and tests in ci.splitlines()
+    ci = (ROOT / ".ci" / "run").read_text().splitlines()
+    start = [block for block in blocks("README.md", "bash") if "venv" in block]
+    launch, tests = (next(block for block in start if word in block) for word in ("multi_digits.py", "pytest"))
+    for block in (launch, tests):
+        new, *commands = block.strip().splitlines()
+        assert new == "python -m venv .venv && source .venv/bin/activate"  # there, in a temporary folder
+        for command in commands:
+            assert [line for line in ci if line == command or line.startswith(f"{command} --output_dir ")], command
