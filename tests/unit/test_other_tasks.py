@@ -2,10 +2,10 @@
 
 import numpy as np
 import torch
-from accel_weighting.state import WeighterState
 from hypothesis import given
 from hypothesis import strategies as st
 
+from accel_weighting.state import WeighterState
 from tests.methods.test_properties import check_weights, close, examples, rows, runs
 
 

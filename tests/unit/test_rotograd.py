@@ -10,7 +10,7 @@ from torch import nn
 
 from accel_weighting import RotoGrad, RotoGradNorm, Smooth, Weighter
 from tests.methods.rotograd_toy import VARIANTS, avocado, toy
-from tests.unit.small import fake_accelerator
+from tests.small import fake_accelerator
 
 TASKS = ["a", "b", "c"]
 WIDTH = 5
