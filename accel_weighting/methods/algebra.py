@@ -241,6 +241,18 @@ def min_norm(M: Array, m: float | None = None) -> Array:
     return alpha
 
 
+def even(x: Array, M: Array) -> Array:
+    """``x`` with its mean over tasks whose rows of the Gram matrix are the same, which leaves ``Σ x_k g_k`` as it is.
+
+    Where a second eigenvalue is near 0, the eigenvectors of 0 are not exact enough for that to hold by itself.
+    """
+    if len(set(M.diagonal().tolist())) == len(M):
+        return x
+    same = (M[:, None] == M).all(-1)
+    shared: Array = np.where(same.sum(1) > 1, same @ x / same.sum(1), x)
+    return shared
+
+
 def null_space(Q: Array, least: float) -> Array:
     """Eigenvectors of ``Q``, in columns, of eigenvalues below ``least``."""
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from accel_weighting.methods.algebra import LIMIT, RANK, Array, GramMethod, increasing_root, min_norm
+from accel_weighting.methods.algebra import LIMIT, RANK, Array, GramMethod, even, increasing_root, min_norm
 from accel_weighting.statistics import within
 
 
@@ -56,4 +56,4 @@ class CAGrad(GramMethod):
 
         shortest = min_norm(M)
         low, high = phi / float(M.diagonal().max()), phi / max(float(shortest @ M @ shortest), phi / LIMIT**2)
-        return mean + pull(increasing_root(excess, low, high, 1e-12 * phi))
+        return mean + even(pull(increasing_root(excess, low, high, 1e-12 * phi)), M)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from accel_weighting.methods.algebra import Array, GramMethod, cosines, min_norm
+from accel_weighting.methods.algebra import Array, GramMethod, cosines, even, min_norm
 
 
 @dataclass(frozen=True)
@@ -36,4 +36,5 @@ class MGDA(GramMethod):
 
     def solve(self, M: Array) -> Array:
         """The minimiser α, ``[K]``."""
-        return min_norm(cosines(M)[0] if self.normalize == "norm" else M)
+        M = cosines(M)[0] if self.normalize == "norm" else M
+        return even(min_norm(M), M)

@@ -131,6 +131,16 @@ def test_equal_tasks_get_equal_weights(method, K):
         np.testing.assert_allclose(w, np.full(K, w.mean()), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("method", [MGDA(), CAGrad(), CAGrad(c=0.9)], ids=repr)
+def test_zero_gradients_beside_others_of_any_length_get_equal_weights(method):
+    for seed in range(100):
+        random = np.random.default_rng(seed)
+        J = np.concatenate([np.zeros((3, 3)), random.normal(size=(2, 3)) * 10.0 ** random.integers(-10, 11, (2, 1))])
+        _, state = method.init(list("abcde"))
+        w, _ = method.update(state, window(J))
+        np.testing.assert_allclose(w[:3], np.full(3, w[:3].mean()), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("K", [2, 3, 8])
 @pytest.mark.parametrize(
     "weighting", [tj.UPGradWeighting, tj.PCGradWeighting, tj.MGDAWeighting, tj.AlignedMTLWeighting]
