@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -106,10 +107,9 @@ class Weighter(Readings):
             checks.heads(heads, self.tasks, model)
             checks.heads_are_distinct(heads_by_task(self.tasks, heads, model), self.tasks)
         layout = Layout(len(self.tasks), None if layer is None else (layer.out_features, layer.in_features))
-        self._verdict = Verdict(
-            method, self.tasks, self._settings(caps, layout), processes, self._has_scaler, self._why_missed
-        )
-        self._steps = Steps(method, self._state, layout, processes, self._verdict, self.lag, self.max_skipped_steps)
+        settings = functools.partial(self._settings, caps, layout)
+        self._verdict = Verdict(method, self.tasks, settings, processes, self._has_scaler, self._why_missed)
+        self._steps = Steps(method, self._state, layout, processes, self._verdict, self.lag)
         self._rotations = Rotations(checks.rotating(method), self._steps, layout) if rotates else None
         self._branch = Branch(
             self.tasks,
@@ -271,10 +271,8 @@ class Weighter(Readings):
     # ---- settings ------------------------------------------------------------------------------------------------
 
     def _settings(self, caps: Mapping[str, float], layout: Layout) -> dict[str, Any]:
-        """What all processes must have alike, besides step, weights and state."""
+        """What all processes must have alike, besides tasks, method, step, weights and state."""
         return {
-            "tasks": list(self.tasks),
-            "method": repr(self.method),
             **self._resumed_settings(layout),
             "update_after": self.update_after,
             "max_losses": caps,
@@ -292,6 +290,8 @@ class Weighter(Readings):
 
     def _why_missed(self, missed: Sequence[str], nothing_came: bool) -> RuntimeError:
         """The error for tasks of which no gradient came to the branch point."""
+        if self.lag == 0 and not nothing_came:
+            return checks.did_not_come_with_the_others(missed)
         no_branch = nothing_came and self._branch.find_heads is None
         return checks.losses_that_missed_the_branch(missed, self._branch.frozen_trunk, no_branch)
 
