@@ -188,33 +188,42 @@ def warn_started_alone(launched: int | None) -> None:
 
 def losses_by_task(losses: Any, tasks: Sequence[str]) -> Mapping[str, Tensor]:
     """The losses by name, whatever they came in, every one checked; all offenders are named at once."""
-    if isinstance(losses, Mapping):
-        named: Mapping[str, Any] = losses
-    elif hasattr(losses, "_asdict"):
-        named = losses._asdict()
-    else:
-        if isinstance(losses, Tensor) and losses.ndim != 1:
-            raise ValueError(
-                f"Losses given as one tensor must have shape [{len(tasks)}], one entry per task. "
-                f"Found shape {list(losses.shape)}."
-            )
-        if not isinstance(losses, (list, tuple, Tensor)):
-            raise TypeError(
-                "Parameter `losses` must be a dictionary {task: loss}, a list, a tuple, a namedtuple or a 1-D tensor. "
-                f"Found {type(losses).__name__}."
-            )
-        if len(losses) != len(tasks):
-            raise ValueError(
-                f"Losses without names must be one per task, in the order of `tasks = {list(tasks)!r}`. "
-                f"Found {len(losses)} of them."
-            )
-        named = dict(zip(tasks, losses, strict=True))
+    named = _named(losses, tasks)
     if len(named) != len(tasks) or not all(task in named for task in tasks):
         known(named, tasks)
     if not named:
         raise ValueError("Parameter `losses` is empty: give the loss of at least one task.")
-    if all(isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point() for loss in named.values()):
-        return named
+    if not all(isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point() for loss in named.values()):
+        raise _not_scalars(named)
+    return named
+
+
+def _named(losses: Any, tasks: Sequence[str]) -> Mapping[str, Any]:
+    if isinstance(losses, Mapping):
+        return losses
+    if hasattr(losses, "_asdict"):
+        by_name: dict[str, Any] = losses._asdict()
+        return by_name
+    if isinstance(losses, Tensor) and losses.ndim != 1:
+        raise ValueError(
+            f"Losses given as one tensor must have shape [{len(tasks)}], one entry per task. "
+            f"Found shape {list(losses.shape)}."
+        )
+    if not isinstance(losses, (list, tuple, Tensor)):
+        raise TypeError(
+            "Parameter `losses` must be a dictionary {task: loss}, a list, a tuple, a namedtuple or a 1-D tensor. "
+            f"Found {type(losses).__name__}."
+        )
+    if len(losses) != len(tasks):
+        raise ValueError(
+            f"Losses without names must be one per task, in the order of `tasks = {list(tasks)!r}`. "
+            f"Found {len(losses)} of them."
+        )
+    return dict(zip(tasks, losses, strict=True))
+
+
+def _not_scalars(named: Mapping[str, Any]) -> Exception:
+    """Losses that are not floating-point tensors of shape []."""
     complaints = []
     for task, loss in named.items():
         if not isinstance(loss, Tensor):
@@ -227,10 +236,8 @@ def losses_by_task(losses: Any, tasks: Sequence[str]) -> Mapping[str, Tensor]:
                 f"Loss `{task}` must be a floating-point tensor of shape []. "
                 f"Found dtype {str(loss.dtype).removeprefix('torch.')}, shape {list(loss.shape)}{cure}."
             )
-    if complaints:
-        kind = ValueError if all("shape [" in c and "dtype" in c for c in complaints) else TypeError
-        raise kind("\n".join(complaints))
-    return named
+    kind = ValueError if all("shape [" in c and "dtype" in c for c in complaints) else TypeError
+    return kind("\n".join(complaints))
 
 
 def losses_have_graphs(losses: Mapping[str, Tensor], present: Iterable[str]) -> None:

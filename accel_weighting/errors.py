@@ -217,6 +217,18 @@ def second_join_of_a_step() -> RuntimeError:
     )
 
 
+def did_not_come_with_the_others(tasks: Sequence[str]) -> RuntimeError:
+    """lag=0 and losses whose gradients were not there when the others met."""
+    names = ", ".join(f"`{task}`" for task in tasks)
+    what = f"gradient of loss {names}" if len(tasks) == 1 else f"gradients of losses {names}"
+    return RuntimeError(
+        "With `lag = 0` the weights of a backward are decided when the tasks' gradients meet, so they must meet once. "
+        f"Here the {what} did not come with the others: nothing of it comes to the branch, the model was run several "
+        "times, or its heads were fed different tensors. Call `weighter.branch(z)` once in one forward, or use "
+        "`lag = 1`."
+    )
+
+
 def fold_needs_heads() -> ValueError:
     """Rotations to fold, and no heads to fold them into."""
     return ValueError(

@@ -132,7 +132,8 @@ def plot_runs(runs: Mapping[str, History]) -> Figure:
             figure.supxlabel("marks on the axis: steps whose weights were held", fontsize="small", color="#D55E00")
     for ax in cells:
         ax.axis("off")
-    return figure
+    drawn: Figure = figure
+    return drawn
 
 
 def held_steps(history: History) -> list[int]:

@@ -168,14 +168,37 @@ def _readers(task: str, head: nn.Module, m: int, dim: int, shape: Sequence[int] 
             raise _cannot_be_folded(task, f"it reads {head.in_features} features, z has {width}")
         return [head]
 
-    weight = first.weight
+    z, R = _random_input(width, m, dim, shape, first.weight)
+    expected, obtained, calls = _run_twice(task, head, z, R, dim, width)
+    found = {id(linear): linear for linear, x in calls if _is(x, calls[0][1]) and linear.in_features == width}
+    if not found:
+        raise _cannot_be_folded(task, f"no nn.Linear in it reads the {width} features of its input")
+    if any(id(linear) in found and not _is(x, calls[0][1]) for linear, x in calls):
+        raise _cannot_be_folded(task, "its first nn.Linear reads something else too")
+    precision = max(torch.finfo(x.dtype).eps for x in [*(x for _, x in calls), *expected]) ** 0.5
+    if not all(_close(a, b, precision) for a, b in zip(expected, obtained, strict=True)):
+        raise _cannot_be_folded(task, "something else reads its input, or comes before its first nn.Linear")
+    return list(found.values())
+
+
+def _random_input(width: int, m: int, dim: int, shape: Sequence[int] | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A shared representation and a rotation, the same at every call, where ``weight`` is."""
     numbers = torch.Generator().manual_seed(0)
     random = torch.randn(m, m, generator=numbers, dtype=torch.float64)
     R = torch.linalg.qr(random)[0].to(weight.device)
     size = [2, width] if shape is None else list(shape)
     if len(size) > 1 and dim % len(size) != 0:
         size[0] = min(size[0], 2)
-    z = torch.randn(size, generator=numbers).to(weight.device, weight.dtype)
+    return torch.randn(size, generator=numbers).to(weight.device, weight.dtype), R
+
+
+def _run_twice(
+    task: str, head: nn.Module, z: Tensor, R: Tensor, dim: int, width: int
+) -> tuple[list[Tensor], list[Tensor], list[tuple[nn.Linear, Tensor]]]:
+    """What a head makes of ``R z``, and of ``z`` where its first Linears turn their input; their calls in the second.
+
+    Those of ``width`` features turn what they are given, if it is what the very first was given.
+    """
     calls: list[tuple[nn.Linear, Tensor]] = []
 
     def rotate_input(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -196,17 +219,9 @@ def _readers(task: str, head: nn.Module, m: int, dim: int, shape: Sequence[int] 
                     )
             obtained = _run(head, z)
     except Exception as error:
-        why = f"it could not be run on a tensor of shape {size} alone ({type(error).__name__}: {error})"
+        why = f"it could not be run on a tensor of shape {list(z.shape)} alone ({type(error).__name__}: {error})"
         raise _cannot_be_folded(task, why) from error
-    found = {id(linear): linear for linear, x in calls if _is(x, calls[0][1]) and linear.in_features == width}
-    if not found:
-        raise _cannot_be_folded(task, f"no nn.Linear in it reads the {width} features of its input")
-    if any(id(linear) in found and not _is(x, calls[0][1]) for linear, x in calls):
-        raise _cannot_be_folded(task, "its first nn.Linear reads something else too")
-    precision = max(torch.finfo(x.dtype).eps for x in [*(x for _, x in calls), *expected]) ** 0.5
-    if not all(_close(a, b, precision) for a, b in zip(expected, obtained, strict=True)):
-        raise _cannot_be_folded(task, "something else reads its input, or comes before its first nn.Linear")
-    return list(found.values())
+    return expected, obtained, calls
 
 
 def _is(a: Tensor, b: Tensor) -> bool:

@@ -28,7 +28,6 @@ class Steps:
         processes: Over which a window is summed.
         verdict: Judges the sums.
         lag: 0 where the weights of a step come from that very step.
-        max_skipped_steps: How many steps in a row may be held.
     """
 
     def __init__(
@@ -39,11 +38,10 @@ class Steps:
         processes: Processes,
         verdict: Verdict,
         lag: int,
-        max_skipped_steps: int,
     ) -> None:
         self.layout = layout
         self._method, self._state, self._processes, self._verdict = method, state, processes, verdict
-        self._lag, self._max_skipped_steps = lag, max_skipped_steps
+        self._lag = lag
         self._pending: tuple[Reduction, Window] | None = None
 
     @property
@@ -123,5 +121,7 @@ class Steps:
         if self._lag == 0:  # its own weights are those of the update that has just been
             state.add_to_average()
         state.record(step, None if isinstance(found, Held) else found)
-        if isinstance(found, Held) and found.counts and state.consecutive_skipped > self._max_skipped_steps:
-            raise too_many_held(found.message, state.consecutive_skipped, self._max_skipped_steps)
+        if isinstance(found, Held) and found.counts:
+            held, limit = state.consecutive_skipped, self._verdict.max_skipped_steps
+            if held > limit:
+                raise too_many_held(found.message, held, limit)

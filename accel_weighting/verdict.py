@@ -48,7 +48,7 @@ class Verdict:
     Args:
         method: The weighting method.
         tasks: Task names.
-        settings: What all processes must have alike, besides step, weights and state.
+        settings: Gives what all processes must have alike now, besides tasks, method, step, weights and state.
         processes: The processes that summed.
         has_scaler: Whether a loss scale is in use: an overflow of gradients is then the scaler's business.
         why_missed: The error for tasks of which no gradient came to the branch point.
@@ -58,15 +58,23 @@ class Verdict:
         self,
         method: Method,
         tasks: Sequence[str],
-        settings: Mapping[str, Any],
+        settings: Callable[[], Mapping[str, Any]],
         processes: Processes,
         has_scaler: Callable[[], bool],
         why_missed: Callable[[Sequence[str], Window], Exception],
     ) -> None:
         self._method, self._tasks, self._settings = method, tuple(tasks), settings
         self._processes, self._has_scaler, self._why_missed = processes, has_scaler, why_missed
-        self._digest = signature_pieces(hashlib.blake2b(repr(settings).encode()).digest(), 2)
+        self._built = {"tasks": list(tasks), "method": repr(method)}
+        self._at_layer = settings()["shared_layer"] is not None
+        self._signed: tuple[Mapping[str, Any], list[int]] = {}, []
         self._warned: set[str] = set()
+
+    @property
+    def max_skipped_steps(self) -> int:
+        """How many steps in a row may be held."""
+        limit: int = self._settings()["max_skipped_steps"]
+        return limit
 
     @property
     def rank(self) -> int:
@@ -79,14 +87,19 @@ class Verdict:
         """Settings, step, weights and state as small integers; alike on all processes or something is wrong."""
         if self._processes.world == 1:
             return []
-        return [*self._digest, state.step % (1 << BITS), *signature_pieces(state.digest(), 2)]
+        settings = self._settings()
+        if settings != self._signed[0]:
+            digest = hashlib.blake2b(repr({**self._built, **settings}).encode()).digest()
+            self._signed = settings, signature_pieces(digest, 2)
+        return [*self._signed[1], state.step % (1 << BITS), *signature_pieces(state.digest(), 2)]
 
     def check_agreement(self, agreed: bool, state: WeighterState, step: int) -> None:
         """All processes raise, and say about what and who, unless they ``agreed``."""
         if agreed:
             return
         description = {
-            **self._settings,
+            **self._built,
+            **self._settings(),
             "step": step,
             "weights": state.weights.tolist(),
             "state": state.digest().hex()[:8],
@@ -152,7 +165,7 @@ class Verdict:
     def _warn_if_no_sample_is_shared(self, statistics: Statistics) -> None:
         """At z, inner products of exactly 0 between all tasks say that no sample has two of them."""
         M = statistics.gram
-        if self._settings["shared_layer"] is not None or M is None:
+        if self._at_layer or M is None:
             return
         if np.count_nonzero(M.diagonal()) > 1 and np.count_nonzero(M) == np.count_nonzero(M.diagonal()):
             self.warn_once("shared", _no_sample_is_shared(repr(self._method), "moments" in self._method.needs))

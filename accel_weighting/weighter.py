@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -109,10 +110,9 @@ class Weighter(Readings):
             checks.heads(heads, self.tasks, model)
             found = Heads(self.tasks, heads, model)
         layout = Layout(len(self.tasks), None if layer is None else (layer.out_features, layer.in_features))
-        self._verdict = Verdict(
-            method, self.tasks, self._settings(caps, layout), processes, self._has_scaler, self._why_missed
-        )
-        self._steps = Steps(method, self._state, layout, processes, self._verdict, self.lag, self.max_skipped_steps)
+        settings = functools.partial(self._settings, caps, layout)
+        self._verdict = Verdict(method, self.tasks, settings, processes, self._has_scaler, self._why_missed)
+        self._steps = Steps(method, self._state, layout, processes, self._verdict, self.lag)
         self._rotations = Rotations(checks.rotating(method), self._steps, layout) if rotates else None
         self._branch = Branch(
             self.tasks,
@@ -281,10 +281,8 @@ class Weighter(Readings):
     # ---- settings ------------------------------------------------------------------------------------------------
 
     def _settings(self, caps: Mapping[str, float], layout: Layout) -> dict[str, Any]:
-        """What all processes must have alike, besides step, weights and state."""
+        """What all processes must have alike, besides tasks, method, step, weights and state."""
         return {
-            "tasks": list(self.tasks),
-            "method": repr(self.method),
             **self._resumed_settings(layout),
             "update_after": self.update_after,
             "max_losses": caps,
@@ -302,9 +300,9 @@ class Weighter(Readings):
 
     def _why_missed(self, missed: Sequence[str], window: Window) -> RuntimeError:
         """The error for tasks of which no gradient came to the branch point."""
+        if self.lag == 0 and window.arrived:
+            return errors.did_not_come_with_the_others(missed)
         places = {task: self.tasks.index(task) for task in missed}
-        if not window.fed and not (window.called or self._branch.heads is None):
-            window.called.clear()
         uncalled = [task for task, k in places.items() if self._branch.heads is not None and k not in window.called]
         unfed = [task for task, k in places.items() if k not in window.fed and task not in uncalled]
         return errors.losses_that_missed_the_branch(

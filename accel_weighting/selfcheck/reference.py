@@ -141,10 +141,10 @@ def by_hand(method: Any, net: Net, steps: int, rows: int) -> Trajectory:
         losses = torch.stack(list(losses_of(outputs, x).values()))
         on_losses = method.acts_on == "losses"
         weights = torch.tensor(w)
-        (losses @ (weights if on_losses else torch.ones_like(weights))).backward()
+        (losses @ (weights if on_losses else torch.ones_like(weights))).backward()  # type: ignore[no-untyped-call]
         G = torch.stack([alias.grad for alias in aliases])  # type: ignore[misc]
         G = G / weights[:, None, None] if on_losses else G
-        z.backward(torch.einsum("k,knd->nd", weights, G))
+        z.backward(torch.einsum("k,knd->nd", weights, G))  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for p in net.parameters():
                 p.sub_(p.grad, alpha=LR)  # type: ignore[arg-type]
@@ -198,12 +198,14 @@ class Setting:
 
     def prepare(self, net: Net) -> tuple[Any, Any]:
         """The model under the engine, and its optimizer."""
-        return self.accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=LR))
+        model, optimizer = self.accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=LR))
+        return model, optimizer
 
     def ask(self, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
         """One forward, in the precision that the engine gave the model's parameters."""
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        return model(x.to(dtype).to(self.accelerator.device))
+        outputs: dict[str, Tensor] = model(x.to(dtype).to(self.accelerator.device))
+        return outputs
 
     def window(self, model: nn.Module, optimizer: Any, x: Tensor, backward: Callable[[dict[str, Tensor]], Any]) -> None:
         """One optimizer step on this process's share of the global batch."""

@@ -189,7 +189,7 @@ class Trainer:
     def save(self, folder: Path) -> None:
         self.accelerator.save_state(str(folder))
         self.accelerator.wait_for_everyone()
-        group = self.weighter._processes.group
+        group = self.weighter._steps._processes.group
         if group is not None:
             dist.destroy_process_group(group)  # elsewhere the process ends here
 

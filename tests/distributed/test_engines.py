@@ -159,7 +159,7 @@ def statistics_on_meshes() -> list[tuple[list[int], int, Tensor, Tensor]]:
         accelerator = accelerator_for("fsdp2" if "dp_shard_size" in sizes else "ddp", mesh=sizes)
         model = net(Cell(GRADNORM))
         weighter = Weighter(GRADNORM, list(model.heads), accelerator=accelerator, heads=dict(model.heads))
-        processes, rank = weighter._processes, dist.get_rank()
+        processes, rank = weighter._steps._processes, dist.get_rank()
         ranks = [rank] if processes.world == 1 else dist.get_process_group_ranks(processes.group)
         # Processes of one tensor-parallel group have the same rows, all others have different ones; the model is
         # whole everywhere, since what tensor parallelism does inside of the trunk cannot be seen at z.

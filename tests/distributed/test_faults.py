@@ -525,7 +525,7 @@ MISSED = "RuntimeError: Another process did not come to optimizer step {}: it en
 
 def patient(setup: Setup, seconds: float = PATIENCE) -> Setup:
     """Collectives, ours and the engine's, give up soon."""
-    for group in {dist.group.WORLD, setup.weighter._processes.group}:
+    for group in {dist.group.WORLD, setup.weighter._steps._processes.group}:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
     return setup
 

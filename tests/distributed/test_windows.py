@@ -439,8 +439,8 @@ def test_nonfinite_losses_beyond_max_skipped_steps_raise_on_all_processes(faults
     for number, (message, held, moved) in enumerate(each(faults, too_many_nonfinite_losses)):
         where = f"process 1 of {len(faults)}" if number == 1 else "another process"
         assert message == (
-            f"RuntimeError: Loss `t1` was not finite on {where} at optimizer step 4; weights are held. 4 steps in a row exceed `max_skipped_steps = 3`: look for the cause in the data or the learning "
-            "rate."
+            f"RuntimeError: Loss `t1` was not finite on {where} at optimizer step 4; weights are held. 4 "
+            "steps in a row exceed `max_skipped_steps = 3`: look for the cause in the data or the learning rate."
         )
         assert held and moved
 

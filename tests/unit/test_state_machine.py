@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from accel_weighting import MGDA, CoVWeighting, GradNorm, Method, RotoGrad, Weighter
+from accel_weighting import MGDA, CoVWeighting, GradNorm, Method, RotoGrad, Statistics, Weighter
 from tests.ranks import accelerator_for
 from tests.small import WIDTH, Net, batch, gradients_by_hand, net, task_losses, tensor
 
@@ -234,7 +234,15 @@ class Model:
             return UNRELATED
         self.held = 0
         found = weighter.statistics
-        assert found is not None and (found.step, found.micro_batches) == (step, len(blocks))
+        assert found is not None
+        self._compare(found, losses, present, M, apart)
+        self.weights, self.state = self.method.update(self.state, found)
+        self._see(step)
+        return None
+
+    def _compare(self, found: Statistics, losses: Tensor, present: Tensor, M: Tensor | None, apart: bool) -> None:
+        """What the weighter saw of the window that was just closed."""
+        assert (found.step, found.micro_batches) == (self.step - 1, len(self.blocks))
         assert torch.equal(tensor(found.present), present)
         assert torch.allclose(tensor(found.losses), losses, rtol=1e-12, atol=0)
         if M is None:
@@ -243,9 +251,6 @@ class Model:
             assert found.gram is None and torch.allclose(tensor(found.norms), M.diagonal().sqrt(), rtol=1e-12, atol=0)
         elif "moments" not in self.method.needs:  # elsewhere the gradients depend on the rotations
             assert found.gram is not None and (tensor(found.gram) - M).abs().max() <= 1e-12 * M.abs().max()
-        self.weights, self.state = self.method.update(self.state, found)
-        self._see(step)
-        return None
 
     def _see(self, step: int) -> None:
         if self.lag == 0:
