@@ -8,6 +8,7 @@ are measured, and their sum goes on to the trunk. What arrives at the vector of 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
@@ -47,7 +48,10 @@ class _Forward:
 
     def aliases(self, z: Tensor) -> Sequence[Tensor] | None:
         """Those of ``z``, or of the tensor that it is a view of; None if it is not known yet."""
-        return next((aliases for known, aliases in self.joined if same(known, z)), None)
+        for known, aliases in self.joined:
+            if same(known, z):
+                return aliases
+        return None
 
 
 class _Pass:
@@ -206,10 +210,11 @@ class Branch:
         if self.rotations is not None and len(zs) > 1:
             raise errors.several_tensors_rotated("branch")
         joined = dict(zip(map(id, zs), self._join(zs, mask), strict=True))
-        return {
-            task: _mapped(z, lambda x, k=k: self._rotated(joined[id(x)][k], k) if id(x) in joined else x)
-            for k, task in enumerate(self.tasks)
-        }
+
+        def alias(x: Tensor, k: int) -> Tensor:
+            return self._rotated(joined[id(x)][k], k) if id(x) in joined else x
+
+        return {task: _mapped(z, functools.partial(alias, k=k)) for k, task in enumerate(self.tasks)}
 
     def _rotated(self, z: Tensor, k: int) -> Tensor:
         if self.rotations is None:
@@ -267,7 +272,12 @@ class Branch:
         self._forward = forward
         if len(forward.taken) == len(self.tasks) and torch.compiler.is_compiling():
             self._forward = None  # what is left behind would be a second graph
-        return [self._rotated(aliases[k], k) for z in zs if (aliases := forward.aliases(z)) is not None]
+        found = []
+        for z in zs:
+            aliases = forward.aliases(z)
+            assert aliases is not None
+            found.append(self._rotated(aliases[k], k))
+        return found
 
     # ---- backward ----------------------------------------------------------------------------------------------
 

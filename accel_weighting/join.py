@@ -10,24 +10,39 @@ import itertools
 import re
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from . import measure
-
-if TYPE_CHECKING:
-    from .branch import Branch
-
-_BRANCHES: weakref.WeakValueDictionary[int, Branch] = weakref.WeakValueDictionary()
-_KEYS = itertools.count()
+from .rotations import Rotations
 
 Gradients = Sequence[Tensor | None]
 """One gradient per alias, those of the first tensor in task order, then those of the second; None where none came."""
 
 
-def register(branch: Branch) -> int:
+class Collector(Protocol):
+    """Whose join it is: the branch."""
+
+    rotations: Rotations | None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a micro-batch's backward runs."""
+
+    def collect(self, rows: Sequence[Gradients], inputs: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """Measures the gradients; the weights of their sum, ``[K]``, or None."""
+
+    def notice_derivative(self) -> None:
+        """The running backward is that of a gradient which passed the join."""
+
+
+_BRANCHES: weakref.WeakValueDictionary[int, Collector] = weakref.WeakValueDictionary()
+_KEYS = itertools.count()
+
+
+def register(branch: Collector) -> int:
     """A key by which the graph, and the compiler's operators, find a branch that is still alive."""
     key = next(_KEYS)
     _BRANCHES[key] = branch
@@ -142,7 +157,7 @@ class Join(torch.autograd.Function):
         inputs, mask = ctx.saved_tensors if ctx.saves else (None, None)
         if not torch.compiler.is_compiling():
             return None, None, None, None, *collect(gradients, ctx.tensors, inputs, mask, ctx.key)
-        totals = torch.ops.accel_weighting.collect(list(gradients), ctx.tensors, inputs, mask, ctx.key)
+        totals: list[Tensor] = torch.ops.accel_weighting.collect(list(gradients), ctx.tensors, inputs, mask, ctx.key)
         came = [any(g is not None for g in rows) for rows in _by_tensor(gradients, ctx.tensors)]
         return None, None, None, None, *[t if there else None for t, there in zip(totals, came, strict=True)]
 

@@ -32,7 +32,7 @@ MAY = {
     "verdict": {"errors", "processes", "state", "statistics", "window"},
     "steps": {"processes", "state", "statistics", "verdict", "window"},
     "rotations": {"measure", "state", "statistics", "window"},
-    "join": {"branch", "measure"},  # the branch for its type alone
+    "join": {"measure", "rotations"},
     "heads": {"checks", "errors", "modules"},
     "branch": {"errors", "heads", "join", "measure", "rotations", "window"},
     "losses": {"checks", "join", "window"},
