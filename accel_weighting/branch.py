@@ -76,6 +76,7 @@ class Branch:
         passes: Whether z passes as it is, undivided, since nothing is measured or weighed there.
         needs_gradients: Whether the method needs what is measured here.
         warn_once: Says something the first time.
+        owner: Gives the weighter, as long as it lives.
 
     Attributes:
         called: Tasks whose head was called in this forward.
@@ -91,10 +92,12 @@ class Branch:
         passes: Callable[[], bool] = lambda: False,
         needs_gradients: bool = True,
         warn_once: Callable[[str, str], None] = lambda about, message: None,
+        owner: Callable[[], Any] = lambda: None,
     ) -> None:
         self.tasks = tuple(tasks)
         self.heads = heads
         self.rotations = rotations
+        self.owner = owner
         self.called: set[int] = set()
         self.fed: set[int] = set()
         self._find_shared_layer = find_shared_layer

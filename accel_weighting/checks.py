@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import numbers
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .statistics import Method
+from .window import EXTRAS
 
 logger = logging.getLogger("accel_weighting")
 
@@ -76,6 +78,51 @@ def positive_by_task(argument: str, values: Any, tasks: Sequence[str]) -> dict[s
     if wrong:
         raise ValueError(f"Parameter `{argument}` must hold positive finite numbers. Found {wrong!r}.")
     return {task: float(values[task]) for task in tasks if task in values}  # in an order that all processes share
+
+
+def finite_by_task(argument: str, values: Any, tasks: Sequence[str]) -> dict[str, float]:
+    """``{task: finite number}``, tasks known; None is empty."""
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise TypeError(f"Parameter `{argument}` must be a dictionary {{task: number}}. Found {values!r}.")
+    known(values, tasks)
+    wrong = {
+        task: value
+        for task, value in values.items()
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(float(value))
+    }
+    if wrong:
+        raise ValueError(f"Parameter `{argument}` must hold finite numbers. Found {wrong!r}.")
+    return {task: float(values[task]) for task in tasks if task in values}
+
+
+def extra_losses(extra: Any, tasks: Sequence[str], names: list[str]) -> Mapping[str, Tensor]:
+    """``{name: scalar loss}``, none of them a task's; new names join those that are known, ``EXTRAS`` in all."""
+    if extra is None:
+        return {}
+    if not isinstance(extra, Mapping):
+        raise TypeError(f"Parameter `extra` must be a dictionary {{name: loss}}. Found {type(extra).__name__}.")
+    for name, loss in extra.items():
+        if name in tasks or not isinstance(name, str):
+            raise ValueError(f"Parameter `extra` must name losses that are no tasks. Found {name!r}.")
+        if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
+            found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"Extra loss `{name}` must be a floating-point tensor of shape []. Found {found}.")
+    new = [name for name in extra if name not in names]
+    if len(names) + len(new) > EXTRAS:
+        raise ValueError(f"Parameter `extra` can name {EXTRAS} losses in all. Found {[*names, *new]!r}.")
+    names += new
+    return extra
+
+
+def warn_replaced(tasks: Sequence[str]) -> None:
+    """A second weighter with the same tasks on the same heads."""
+    warnings.warn(
+        f"These heads carry a weighter of the tasks {list(tasks)!r} already: the new one replaces it, and the older "
+        "one is done. Call `detach()` on the older one first if that is what you want.",
+        stacklevel=4,
+    )
 
 
 def at_least(argument: str, value: Any, low: int) -> int:

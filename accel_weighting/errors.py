@@ -264,3 +264,62 @@ def left_waiting(step: int) -> RuntimeError:
         "`weighter.freeze()` on some of them alone, and no fewer batches there (`even_batches=False`, "
         "`join_uneven_inputs`). To stop early, let all of them ask `accelerator.check_trigger()`."
     )
+
+
+def accelerator_is_gone() -> RuntimeError:
+    """The accelerator is not alive any more."""
+    return RuntimeError(
+        "The accelerator of this weighter is gone: a weighter does not keep it alive. Keep the `Accelerator` in a "
+        "variable of your own for as long as you train."
+    )
+
+
+def heads_rotate_already(tasks: Sequence[str]) -> ValueError:
+    """Two rotating weighters on one head."""
+    return ValueError(
+        f"A weighter of the tasks {list(tasks)!r} rotates these heads' inputs already, and two rotations on one head "
+        "do not make sense. Call `detach()` (or `fold_rotations()`) on it first."
+    )
+
+
+def gradients_still_wait() -> RuntimeError:
+    """A window opens, and the gradients of the last one are still in ``.grad``."""
+    return RuntimeError(
+        "The last window was closed, and its gradients are still in `.grad`: no optimizer has stepped since. So "
+        "gradients are accumulated by hand, and the weights would move within one optimizer step. Say which "
+        "micro-batch is the last before the step, `weighter.backward(losses, last=(i + 1) % n == 0)`, or let "
+        "Accelerate say it, `with accelerator.accumulate(model):`. Several backwards for one micro-batch (one for "
+        "each task) go into `with weighter.micro_batch():`. If the gradients are not wanted, call "
+        "`optimizer.zero_grad()`."
+    )
+
+
+def windows_without_steps() -> str:
+    """Many windows, and no optimizer stepped in between."""
+    return (
+        "The last 20 windows were closed without an optimizer step in between, though an optimizer has stepped "
+        "before: weights move at every window. Passes that are not for an optimizer step of their own (SAM's second "
+        "pass, a line search) go into `with weighter.paused():`."
+    )
+
+
+def nested_micro_batch() -> RuntimeError:
+    """``micro_batch()`` within itself."""
+    return RuntimeError("`with weighter.micro_batch():` is open already: one of them is one micro-batch.")
+
+
+def micro_batch_at_lag_0() -> RuntimeError:
+    """Weights of the very backward, and several backwards."""
+    return RuntimeError(
+        "With `lag = 0` the weights are decided in every backward, so several of them cannot be one micro-batch. Use "
+        "`lag = 1`."
+    )
+
+
+def counted_twice(tasks: Sequence[str]) -> ValueError:
+    """Counts of a task in two calls of one micro-batch."""
+    names = ", ".join(f"`{task}`" for task in tasks)
+    return ValueError(
+        f"Task {names} came with `num_items` in two calls of one micro-batch: the mean over all of its items is not "
+        "known then. Give its loss in one call."
+    )

@@ -40,15 +40,15 @@ class _Before:
     """The forward pre-hook of head ``k``; that of a copied model (a teacher, an average) rotates and does no more."""
 
     def __init__(self, hooked: Hooked, k: int, copied: bool = False) -> None:
-        self._hooked, self._k, self._copied = hooked, k, copied
+        self.hooked, self._k, self.copied = hooked, k, copied
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        before = self._hooked.copied_head if self._copied else self._hooked.before_head
+        before = self.hooked.copied_head if self.copied else self.hooked.before_head
         call = before(self._k, module, args, kwargs or {})
         return call[0] if kwargs is None else call  # torch gives no kwargs to a hook that was removed in this very call
 
     def __deepcopy__(self, memo: Any) -> _Before:
-        return _Before(self._hooked, self._k, copied=True)
+        return _Before(self.hooked, self._k, copied=True)
 
     def __reduce__(self) -> Any:
         raise errors.hooks_are_not_pickled()
@@ -145,6 +145,11 @@ class Heads:
             else:
                 raise errors.model_is_gone()
         return heads_by_task(self.tasks, found, model)
+
+    def branches(self) -> list[Any]:
+        """What is hooked to these heads already."""
+        hooks = (hook for head in self.find() for hook in head._forward_pre_hooks.values())
+        return list({id(h.hooked): h.hooked for h in hooks if isinstance(h, _Before) and not h.copied}.values())
 
     def are_in(self, models: Iterable[nn.Module]) -> bool:
         """Whether all heads are parts of these models."""

@@ -159,7 +159,8 @@ class Join(torch.autograd.Function):
             return None, None, None, None, *collect(gradients, ctx.tensors, inputs, mask, ctx.key)
         totals: list[Tensor] = torch.ops.accel_weighting.collect(list(gradients), ctx.tensors, inputs, mask, ctx.key)
         came = [any(g is not None for g in rows) for rows in _by_tensor(gradients, ctx.tensors)]
-        return None, None, None, None, *[t if there else None for t, there in zip(totals, came, strict=True)]
+        sums = [total if there else None for total, there in zip(totals, came, strict=True)]
+        return None, None, None, None, *sums
 
 
 class _InnerSum(torch.autograd.Function):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import checks
+from . import checks, errors
 from .join import zero_with_graph
+from .statistics import Statistics
 from .window import to_device
 
 Losses = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
@@ -100,6 +103,70 @@ def _item_counts(
         return None, empty
     checks.every_loss_is_counted(losses, counts)
     return [positive.get(task, 0.0) for task in tasks], empty
+
+
+class Several:
+    """The calls of ``backward`` that are one micro-batch."""
+
+    def __init__(self) -> None:
+        self.losses: Tensor | None = None
+        self.present: set[int] = set()
+        self._counts: dict[int, float] = {}
+        self._calls: list[frozenset[int]] = []
+
+    @property
+    def apart(self) -> bool:
+        """Whether two of the tasks never came in one call, so that their inner product is not known."""
+        return any(
+            not any({a, b} <= call for call in self._calls) for a, b in itertools.combinations(sorted(self.present), 2)
+        )
+
+    def add(self, losses: Tensor, given: Given) -> None:
+        """One call: its detached losses ``[K]``, zeros where absent.
+
+        Raises:
+            ValueError: A task came with counts in two calls: the mean of all of its items is not known then.
+        """
+        if given.counts is not None:
+            if twice := self.present & given.present:
+                raise errors.counted_twice([task for k, task in enumerate(given.named) if k in twice])
+            self._counts |= {k: given.counts[k] for k in given.present}
+        self.losses = losses if self.losses is None else self.losses + losses.to(self.losses)
+        self.present |= given.present
+        self._calls.append(given.present)
+
+    def counts(self, tasks: int) -> list[float] | None:
+        """Items per task, or None if nothing was counted."""
+        return [self._counts.get(k, 0.0) for k in range(tasks)] if self._counts else None
+
+
+class Bounds:
+    """Above which a loss is scaled down, and below which it cannot fall.
+
+    Args:
+        tasks: Task names.
+        largest: ``{task: loss}``.
+        smallest: ``{task: loss}``.
+    """
+
+    def __init__(self, tasks: Sequence[str], largest: Mapping[str, float], smallest: Mapping[str, float]) -> None:
+        self.largest, self.smallest = dict(largest), dict(smallest)
+        self._caps = np.array([largest.get(task, np.inf) for task in tasks]) if largest else None
+        self._floors = np.array([smallest.get(task, 0.0) for task in tasks]) if smallest else None
+
+    def capped(self, w: Tensor | None, losses: Tensor, on_device: OnDevice) -> Tensor | None:
+        """The weights ``w`` (None: 1 each), smaller where a loss is above its bound."""
+        if self._caps is None:
+            return w
+        caps = on_device("caps", self._caps, losses)
+        scale = torch.where(losses > caps, caps / losses, 1.0)
+        return scale if w is None else w * scale
+
+    def above(self, statistics: Statistics) -> Statistics:
+        """What methods see: losses minus their lower bounds."""
+        if self._floors is None:
+            return statistics
+        return replace(statistics, losses=np.where(statistics.present, statistics.losses - self._floors, 0.0))
 
 
 class OnDevice:

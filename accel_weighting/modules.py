@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 from torch import nn
 
@@ -75,6 +77,19 @@ def heads_by_task(
     if missing:
         raise errors.modules_not_found(missing, () if model is None else dict(model.named_modules()))
     return found
+
+
+def layer_finder(layer: nn.Linear | str, model: nn.Module | None) -> Callable[[], nn.Linear]:
+    """Finds the shared layer again and again, and keeps neither it nor the model alive."""
+    ref = weakref.ref(layer if not isinstance(layer, str) or model is None else model)
+
+    def find() -> nn.Linear:
+        found = ref()
+        if found is None:
+            raise errors.model_is_gone()
+        return checks.shared_layer(found) if not isinstance(layer, str) else find_layer(layer, cast(nn.Module, found))
+
+    return find
 
 
 def find_layer(layer: nn.Linear | str, model: nn.Module | None) -> nn.Linear:

@@ -34,6 +34,7 @@ class WeighterState:
     Attributes:
         step: Optimizer steps taken.
         weights: Those that the next backward will use, float64 ``[K]``; replaced, never changed in place.
+        applied: Those that the last recorded backward used.
         method_state: The method's.
         consecutive_skipped: Steps held in a row that count towards ``max_skipped_steps``.
         total_skipped: Steps held in all.
@@ -51,18 +52,23 @@ class WeighterState:
         self.frozen = False
         self.weights, self.method_state = method.init(tasks, initial_weights)
         _check_arrays(method, self.weights, self.method_state)
+        self.applied = self.weights
         self.statistics: Statistics | None = None
         self._weight_sum = np.zeros(len(self._tasks))
         self._weight_steps = 0
         self.history = History(tasks)
 
-    def update(self, statistics: Statistics) -> None:
+    def update(self, statistics: Statistics, seen: Statistics) -> None:
         """The method's update.
+
+        Args:
+            statistics: What the window saw.
+            seen: What the method is to see of it: losses above their lower bounds.
 
         Raises:
             RuntimeError: Its weights are not finite; nothing was changed.
         """
-        weights, method_state = self._method.update(self.method_state, statistics)
+        weights, method_state = self._method.update(self.method_state, seen)
         if not np.isfinite(weights).all():
             raise _weights_not_finite(self._method, weights, statistics.step)
         self.weights, self.method_state, self.statistics = weights, method_state, statistics

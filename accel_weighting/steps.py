@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .losses import Bounds
 from .processes import Processes, Reduction
 from .state import WeighterState
 from .statistics import Method
@@ -27,6 +28,7 @@ class Steps:
         layout: The wire format of a window.
         processes: Over which a window is summed.
         verdict: Judges the sums.
+        bounds: Of the losses.
         lag: 0 where the weights of a step come from that very step.
     """
 
@@ -37,11 +39,12 @@ class Steps:
         layout: Layout,
         processes: Processes,
         verdict: Verdict,
+        bounds: Bounds,
         lag: int,
     ) -> None:
         self.layout = layout
         self._method, self._state, self._processes, self._verdict = method, state, processes, verdict
-        self._lag = lag
+        self._bounds, self._lag = bounds, lag
         self._pending: tuple[Reduction, Window] | None = None
 
     @property
@@ -95,7 +98,7 @@ class Steps:
         found = self._verdict.judge(layout.unpack(host, rest, state.step), window)
         if isinstance(found, Held):  # and so will be the window
             return state.weights
-        return self._method.weigh(state.method_state, found)
+        return self._method.weigh(state.method_state, self._bounds.above(found))
 
     def _sum(self, window: Window, layout: Layout, rotations: Tensor | None = None) -> Reduction:
         """Starts the all-reduce of what a window saw."""
@@ -115,9 +118,9 @@ class Steps:
             state.hold(found.counts)
         elif torch.is_inference_mode_enabled():
             with torch.inference_mode(False):  # what is kept from here must be of use in training
-                state.update(found)
+                state.update(found, self._bounds.above(found))
         else:
-            state.update(found)
+            state.update(found, self._bounds.above(found))
         if self._lag == 0:  # its own weights are those of the update that has just been
             state.add_to_average()
         state.record(step, None if isinstance(found, Held) else found)

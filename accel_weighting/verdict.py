@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -42,38 +42,49 @@ class Held:
     counts: bool
 
 
+class Facts(Protocol):
+    """What the verdict asks the weighter."""
+
+    def settings(self) -> Mapping[str, Any]:
+        """What all processes must have alike now, besides tasks, method, step, weights and state."""
+
+    def has_scaler(self) -> bool:
+        """Whether a loss scale is in use: an overflow of gradients is then the scaler's business."""
+
+    def why_missed(self, missed: Sequence[str], window: Window) -> Exception:
+        """The error for tasks of which no gradient came to the branch point."""
+
+
 class Verdict:
     """Judges every step of one weighter.
 
     Args:
         method: The weighting method.
         tasks: Task names.
-        settings: Gives what all processes must have alike now, besides tasks, method, step, weights and state.
+        facts: What the weighter knows: settings, a loss scale (an overflow is then the scaler's business), and why a
+            gradient did not come.
         processes: The processes that summed.
-        has_scaler: Whether a loss scale is in use: an overflow of gradients is then the scaler's business.
-        why_missed: The error for tasks of which no gradient came to the branch point.
+        smallest: ``{task: loss}``: below which a loss cannot fall.
     """
 
     def __init__(
         self,
         method: Method,
         tasks: Sequence[str],
-        settings: Callable[[], Mapping[str, Any]],
+        facts: Facts,
         processes: Processes,
-        has_scaler: Callable[[], bool],
-        why_missed: Callable[[Sequence[str], Window], Exception],
+        smallest: Mapping[str, float],
     ) -> None:
-        self._method, self._tasks, self._settings = method, tuple(tasks), settings
-        self._processes, self._has_scaler, self._why_missed = processes, has_scaler, why_missed
+        self._method, self._tasks, self._facts = method, tuple(tasks), facts
+        self._processes, self._smallest = processes, smallest
         self._built = {"tasks": list(tasks), "method": repr(method)}
-        self._at_layer = settings()["shared_layer"] is not None
         self._signed: tuple[Mapping[str, Any], list[int]] = {}, []
         self._warned: set[str] = set()
 
     @property
     def max_skipped_steps(self) -> int:
         """How many steps in a row may be held."""
-        limit: int = self._settings()["max_skipped_steps"]
+        limit: int = self._facts.settings()["max_skipped_steps"]
         return limit
 
     @property
@@ -87,7 +98,7 @@ class Verdict:
         """Settings, step, weights and state as small integers; alike on all processes or something is wrong."""
         if self._processes.world == 1:
             return []
-        settings = self._settings()
+        settings = self._facts.settings()
         if settings != self._signed[0]:
             digest = hashlib.blake2b(repr({**self._built, **settings}).encode()).digest()
             self._signed = settings, signature_pieces(digest, 2)
@@ -99,7 +110,7 @@ class Verdict:
             return
         description = {
             **self._built,
-            **self._settings(),
+            **self._facts.settings(),
             "step": step,
             "weights": state.weights.tolist(),
             "state": state.digest().hex()[:8],
@@ -128,7 +139,11 @@ class Verdict:
             for what, bad in sums.not_finite().items():
                 if bad.any():
                     return self._hold(what, bad, window.not_finite(what), sums.step)
+            if sums.bad_extras:
+                return self._hold_extras(sums.bad_extras, sums.step)
         statistics = sums.statistics()
+        if below := self._below_its_bound(statistics):
+            return below
         if self._method.positive_losses:
             self._check_signs(statistics)
         if self._method.needs & GRADIENTS:
@@ -143,10 +158,26 @@ class Verdict:
         found = [(task, place) for task, place, is_bad in zip(self._tasks, places, bad, strict=True) if is_bad]
         message = _not_finite(what, found, step)
         self.warn_once(what, message, also=bool(here.any()))
-        return Held(message, counts=what == "loss" or not self._has_scaler())
+        return Held(message, counts=what == "loss" or not self._facts.has_scaler())
+
+    def _hold_extras(self, names: Sequence[str], step: int) -> Held:
+        message = _not_finite("loss", [(name, "") for name in names], step)
+        self.warn_once("extra", message)
+        return Held(message, counts=True)
+
+    def _below_its_bound(self, statistics: Statistics) -> Held | None:
+        """A loss that fell below the bound it was given."""
+        for task, bound in self._smallest.items():
+            k = self._tasks.index(task)
+            if statistics.present[k] and statistics.losses[k] < bound:
+                message = _below_bound(task, float(statistics.losses[k]), bound, statistics.step)
+                self.warn_once(f"bound {task}", message)
+                return Held(message, counts=True)
+        return None
 
     def _check_signs(self, statistics: Statistics) -> None:
         negative = statistics.losses < 0
+        negative[[self._tasks.index(task) for task in self._smallest]] = False
         if negative.any():
             names = [task for task, is_negative in zip(self._tasks, negative, strict=True) if is_negative]
             raise _negative_losses(repr(self._method), names, statistics.losses[negative].tolist(), statistics.step)
@@ -155,7 +186,7 @@ class Verdict:
         missed = statistics.present & (sums.arrived == 0)
         if missed.any():
             names = [task for task, is_missed in zip(self._tasks, missed, strict=True) if is_missed]
-            raise self._why_missed(names, window)
+            raise self._facts.why_missed(names, window)
         if self._method.needs & {"gram", "moments"}:
             if sums.split:
                 raise _unrelated_gradients(repr(self._method), statistics.step)
@@ -165,7 +196,7 @@ class Verdict:
     def _warn_if_no_sample_is_shared(self, statistics: Statistics) -> None:
         """At z, inner products of exactly 0 between all tasks say that no sample has two of them."""
         M = statistics.gram
-        if self._at_layer or M is None:
+        if M is None or self._facts.settings()["shared_layer"] is not None:
             return
         if np.count_nonzero(M.diagonal()) > 1 and np.count_nonzero(M) == np.count_nonzero(M.diagonal()):
             self.warn_once("shared", _no_sample_is_shared(repr(self._method), "moments" in self._method.needs))
@@ -225,8 +256,8 @@ def _negative_losses(method: str, tasks: Sequence[str], losses: Sequence[float],
     """A method that divides by losses met a negative one."""
     found = ", ".join(f"Task `{t}` averaged {x:.4g}" for t, x in zip(tasks, losses, strict=True))
     return ValueError(
-        f"{method} divides by losses and needs them positive. {found} over optimizer step {step}. Shift it or use a "
-        "method without loss ratios."
+        f"{method} divides by losses and needs them positive. {found} over optimizer step {step}. Give its "
+        "lower bound, `min_losses={task: bound}`, or use a method without loss ratios (GradNorm with alpha=0)."
     )
 
 
@@ -258,6 +289,14 @@ def _not_finite(what: str, found: Sequence[tuple[str, str]], step: int) -> str:
     subject = "Loss `{}`" if what == "loss" else "Gradient of loss `{}` at the shared representation"
     parts = [f"{subject.format(task)} was not finite{place}" for task, place in found]
     return f"{'; '.join(parts)} at optimizer step {step}; weights are held."
+
+
+def _below_bound(task: str, loss: float, bound: float, step: int) -> str:
+    """A loss below what was said to be its smallest value; weights are held."""
+    return (
+        f"Loss `{task}` averaged {loss:.4g} at optimizer step {step}, below `min_losses[{task!r}] = {bound:.4g}`; "
+        "weights are held. Give a bound that it cannot pass."
+    )
 
 
 def too_many_held(message: str, held: int, limit: int) -> RuntimeError:

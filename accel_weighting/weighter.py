@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from . import checks, errors
 from .branch import Branch
 from .heads import Heads, HeadSpec
-from .losses import Given, Losses, NumItems, OnDevice
-from .modules import find_layer, heads_by_task
-from .processes import Processes, left_waiting
+from .lifetime import Registration, weakly
+from .loop import Loop
+from .losses import Bounds, OnDevice
+from .modules import find_layer, heads_by_task, layer_finder
+from .optimizers import OptimizerWatch
+from .processes import Processes
 from .reading import Readings
-from .rotations import Rotations, fold, were_folded
+from .rotations import Rotations, fold
 from .state import WeighterState
 from .statistics import Method
 from .steps import Steps
 from .verdict import GRADIENTS, Verdict
-from .window import Layout, MicroBatch, Window
+from .window import Layout, Window
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class Weighter(Readings):
+class Weighter(Loop, Readings):
     """Weighs the losses of several tasks so that the weights depend on the global batch alone.
 
     Replaces ``accelerator.backward(sum of losses)`` by ``weighter.backward(losses)``: one backward, and one small
@@ -51,6 +52,8 @@ class Weighter(Readings):
         update_every: Statistics are taken and weights updated at every n-th optimizer step only.
         update_after: As frozen until so many optimizer steps are over.
         max_losses: ``{task: float}``: a loss above it is scaled down to it, gradient included.
+        min_losses: ``{task: float}``: lower bound of a loss that can be negative; methods see the loss minus its bound,
+            gradients are untouched.
         max_skipped_steps: How many steps in a row may be held for losses or gradients that are not finite.
         process_group: Over which statistics are summed. None: data-parallel × context-parallel.
 
@@ -83,209 +86,108 @@ class Weighter(Readings):
         update_every: int = 1,
         update_after: int = 0,
         max_losses: Mapping[str, float] | None = None,
+        min_losses: Mapping[str, float] | None = None,
         max_skipped_steps: int = 10,
         process_group: Any = None,
     ) -> None:
         self.tasks = checks.task_names(tasks)
         self.method = checks.method(method)
-        self.accelerator = accelerator
+        self._accelerator = None if accelerator is None else weakly(accelerator)
         self.lag = checks.lag(lag, method.needs, method.acts_on, repr(method))
         self.update_every = checks.at_least("update_every", update_every, 1)
         self.update_after = checks.at_least("update_after", update_after, 0)
         self.max_skipped_steps = checks.at_least("max_skipped_steps", max_skipped_steps, 0)
-        caps = checks.positive_by_task("max_losses", max_losses, self.tasks)
+        self._bounds = Bounds(
+            self.tasks,
+            checks.positive_by_task("max_losses", max_losses, self.tasks),
+            checks.finite_by_task("min_losses", min_losses, self.tasks),
+        )
         start = checks.positive_by_task("initial_weights", initial_weights, self.tasks)
-        self._caps = np.array([caps.get(task, np.inf) for task in self.tasks]) if caps else None
-        self._state = WeighterState(method, self.tasks, start or None)
-        if accelerator is not None:
-            checks.uneven_inputs(accelerator)
+        self._progress = WeighterState(method, self.tasks, start or None)
         processes = Processes(accelerator, process_group)
 
         rotates = "moments" in method.needs
         layer = None if shared_layer is None else find_layer(shared_layer, model)
         if layer is not None:
             checks.shared_layer_goes_with(repr(method), rotates, self.lag)
-        found = None
+        found, predecessor = None, None
         if heads is not None:
             checks.heads(heads, self.tasks, model)
             found = Heads(self.tasks, heads, model)
+            predecessor = self._take_over_from(found, rotates)
         layout = Layout(len(self.tasks), None if layer is None else (layer.out_features, layer.in_features))
-        settings = functools.partial(self._settings, caps, layout)
-        self._verdict = Verdict(method, self.tasks, settings, processes, self._has_scaler, self._why_missed)
-        self._steps = Steps(method, self._state, layout, processes, self._verdict, self.lag)
+        me = weakref.ref(self)  # what is built here does not keep the weighter alive
+        self._verdict = Verdict(method, self.tasks, _Facts(me, layout), processes, self._bounds.smallest)
+        self._steps = Steps(method, self._progress, layout, processes, self._verdict, self._bounds, self.lag)
         self._rotations = Rotations(checks.rotating(method), self._steps, layout) if rotates else None
         self._branch = Branch(
             self.tasks,
             found,
-            None if shared_layer is None else lambda: find_layer(shared_layer, model),
+            None if shared_layer is None else layer_finder(shared_layer, model),
             self._rotations,
-            passes=lambda: method.acts_on == "losses" and not self._measuring,
+            passes=lambda: (weighter := me()) is None or weighter._passes,
             needs_gradients=bool(method.needs & GRADIENTS),
             warn_once=self._verdict.warn_once,
+            owner=me,
         )
         self._branch.attach()
         if found is not None and accelerator is not None and not found.are_in(accelerator._models):
-            found.attach_again_at_first_forward(self._branch, lambda: bool(accelerator._models))
+            given = weakly(accelerator)
+            found.attach_again_at_first_forward(self._branch, lambda: bool(getattr(given(), "_models", ())))
         self._window = Window(layout)
         self._on_device = OnDevice()
-        if accelerator is not None:
-            accelerator.register_for_checkpointing(self)
+        self._optimizers = OptimizerWatch()
+        self._several, self._paused = None, False
+        self._registration = Registration(self, accelerator, predecessor)
 
-    # ---- a step ------------------------------------------------------------------------------------------------
-
-    def backward(self, losses: Losses, *, num_items: NumItems = None, freeze: bool = False, **kwargs: Any) -> Tensor:
-        """Weighs the losses, runs the one backward, and closes the window when gradients are synchronised.
-
-        Args:
-            losses: The losses of this micro-batch: a dictionary (a task left out is absent), a list, tuple, namedtuple
-                or 1-D tensor in task order; each a floating-point scalar with a graph.
-            num_items: How many items each loss is the mean of, an integer or ``{task: integer}``: weighs this block in
-                the statistics. For all blocks of a window or for none. A count of 0 alone says that the task is not
-                in this block; its head then gets a gradient of zeros.
-            freeze: A plain weighted backward; this micro-batch is not recorded.
-            **kwargs: For ``accelerator.backward``.
-
-        Returns:
-            The weighted total, detached.
-
-        Raises:
-            ValueError, TypeError: ``losses`` or ``num_items`` break their rule; nothing has happened yet.
-            RuntimeError: Gradients are disabled, the last window was due and was not closed, this forward's graph was
-                used before, or what ``step`` raises.
-        """
-        if not torch.is_grad_enabled():
-            raise errors.gradients_disabled()
-        total = self.combine(losses, num_items=num_items, freeze=freeze)
-        try:
-            if self.accelerator is None:
-                total.backward(**kwargs)  # type: ignore[no-untyped-call]
-            else:
-                self.accelerator.backward(total, **kwargs)
-        except BaseException as error:
-            self.reset()
-            if "second time" in str(error):
-                raise errors.graph_already_freed() from error
-            if left_waiting(error):
-                raise errors.left_waiting(self._state.step) from error
-            raise
-        self.step()
-        return total.detach()
-
-    def combine(self, losses: Losses, *, num_items: NumItems = None, freeze: bool = False) -> Tensor:
-        """The weighted total with its graph, for loops that call ``accelerator.backward`` and ``step`` themselves.
-
-        With gradients disabled (evaluation) it returns the weighted total and records nothing. Arguments as in
-        ``backward``. A loss of the trunk's own is added to what it returns.
-
-        Raises:
-            ValueError, TypeError: ``losses`` or ``num_items`` break their rule; nothing has happened yet.
-            RuntimeError: The last window was due and was not closed.
-        """
-        given = Given.parse(losses, num_items, self.tasks)
-        if not torch.is_grad_enabled():
-            return self._total(given.vector(self.tasks, self._branch.head_outputs))
-        self._check_order(given)
-        if moved := self._branch.follow():
-            raise errors.head_moved_in_a_forward(moved)
-        v = given.vector(self.tasks, self._branch.head_outputs)
-        self._window.called |= self._branch.called
-        self._window.fed |= self._branch.fed
-        self._branch.forget()
-        micro_batch = MicroBatch(given.present, self._window, record=self._measuring and not freeze)
-        total = self._total(v, given if micro_batch.record else None)
-        self._enter(micro_batch, given, v.detach(), freeze)
-        if micro_batch.record or self.method.acts_on == "shared":
-            self._branch.watch(v, micro_batch)
-        return total
-
-    def _check_order(self, given: Given) -> None:
-        """What a micro-batch of a training must find."""
-        if self._rotations is not None and self._rotations.folded:
-            raise were_folded()
-        if self.accelerator is not None:
-            checks.uneven_inputs(self.accelerator)
-        checks.losses_have_graphs(given.named, [self.tasks[k] for k in sorted(given.present)])
-        if self._window.due:
-            raise errors.window_not_closed()
-
-    def _total(self, v: Tensor, recorded: Given | None = None) -> Tensor:
-        """The weighted sum of the losses ``v``, ``[K]``; for ``lag=0`` by the weights of what is ``recorded``."""
-        state = self._steps.settled
-        if self.method.acts_on == "shared":
-            name, weights = "loss_weights", state.get("loss_weights")
-        elif self.lag == 0 and recorded is not None:
-            name, weights = "decided", self._steps.decide(v.detach(), recorded.present, recorded.counts)
-        else:
-            name, weights = "weights", state.weights
-        w = None if weights is None else self._on_device(name, weights, v)
-        if self._caps is not None:
-            caps, seen = self._on_device("caps", self._caps, v), v.detach()
-            scale = torch.where(seen > caps, caps / seen, 1.0)
-            w = scale if w is None else w * scale
-        return v.sum() if w is None else v.dot(w)  # which autocast leaves alone
-
-    def _enter(self, micro_batch: MicroBatch, given: Given, seen: Tensor, freeze: bool) -> None:
-        """Enters a micro-batch into the window, and says what its backward needs to know."""
-        window, on_shared = self._window, self.method.acts_on == "shared"
-        window.opened += 1
-        window.due = self._sync
-        window.moves_weights |= self._unfrozen and not freeze
-        micro_batch.scale = given.scale(seen)
-        if on_shared:
-            micro_batch.shared_weights = self._on_device("weights", self._state.weights, seen)
-        if not micro_batch.record:
-            return
-        self._verdict.warn_of_half_precision(given.named)
-        window.record(seen, given.present, given.counts)
-        if self.lag == 0 and on_shared:
-            present, counts = given.present, given.counts  # and no loss, which would keep the step's graph
-
-            def decide(gram: Tensor, arrived: frozenset[int]) -> Tensor:
-                return self._on_device("decided", self._steps.decide(seen, present, counts, gram, arrived), seen)
-
-            micro_batch.decide = decide
-
-    def step(self) -> None:
-        """Closes the window: one all-reduce, the verdict, the update. A no-op while gradients accumulate.
-
-        Raises:
-            RuntimeError: The window is empty, a loss never reached the branch, the processes disagree, or too many
-                steps in a row were not finite. What depends on other processes is raised on all of them.
-        """
-        if not self._sync:
-            return
-        if not self._window.opened:
-            raise errors.empty_window()
-        try:
-            self._steps.close(self._window)
-        finally:
-            self.reset()
-
-    def reset(self) -> None:
-        """Drops the open window, for instance after an exception that the user caught on every process."""
-        self._window = Window(self._steps.layout)
-        self._branch.forget()
+    def _take_over_from(self, heads: Heads, rotates: bool) -> Registration | None:
+        """A weighter that is on these heads already is replaced if it has the same tasks, and refused if both rotate."""
+        registration = None
+        for branch in heads.branches():
+            older = branch.owner()
+            if older is None or older is self:
+                continue
+            if older.tasks == self.tasks:
+                checks.warn_replaced(self.tasks)
+                registration = older._registration
+                older._branch.detach()
+            elif rotates and older._rotations is not None:
+                raise errors.heads_rotate_already(older.tasks)
+        return registration
 
     @property
-    def _sync(self) -> bool:
-        return self.accelerator is None or bool(self.accelerator.sync_gradients)
+    def accelerator(self) -> Accelerator | None:
+        """The accelerator that trains the model; None for plain PyTorch.
+
+        Raises:
+            RuntimeError: It is gone: a weighter does not keep it alive.
+        """
+        if self._accelerator is None:
+            return None
+        accelerator = self._accelerator()
+        if accelerator is None:
+            raise errors.accelerator_is_gone()
+        return accelerator
 
     @property
-    def _unfrozen(self) -> bool:
-        return not self._state.frozen and self._state.step >= self.update_after
+    def _passes(self) -> bool:
+        """Whether nothing is measured or weighed at the branch in this forward."""
+        return self.method.acts_on == "losses" and not self._measuring
 
-    @property
-    def _measuring(self) -> bool:
-        return self._unfrozen and (self._state.step - self.update_after) % self.update_every == 0
+    def __deepcopy__(self, memo: Any) -> Weighter:
+        """Returns self: a copied model whose forward calls ``branch`` keeps its weighter."""
+        return self
 
     # ---- settings ------------------------------------------------------------------------------------------------
 
-    def _settings(self, caps: Mapping[str, float], layout: Layout) -> dict[str, Any]:
+    def _settings(self, layout: Layout) -> dict[str, Any]:
         """What all processes must have alike, besides tasks, method, step, weights and state."""
         return {
             **self._resumed_settings(layout),
             "update_after": self.update_after,
-            "max_losses": caps,
+            "max_losses": self._bounds.largest,
+            "min_losses": self._bounds.smallest,
+            "extra": list(layout.extras),
             "max_skipped_steps": self.max_skipped_steps,
         }
 
@@ -327,8 +229,9 @@ class Weighter(Readings):
         return self._branch(z, mask)
 
     def detach(self) -> None:
-        """Removes every hook; nothing is left on the model."""
+        """Removes every effect of the construction: the hooks, and the place among what the accelerator saves."""
         self._branch.detach()
+        self._registration.remove()
 
     def fold_rotations(
         self, heads: Mapping[str, nn.Module | str] | None = None, model: nn.Module | None = None
@@ -367,7 +270,7 @@ class Weighter(Readings):
             self._branch.attach()
             raise
         self._branch.rotations = None
-        self._state.forget_rotations()
+        self._progress.forget_rotations()
         rotations.folded = True
         self.reset()
 
@@ -386,7 +289,7 @@ class Weighter(Readings):
     def unfreeze(self) -> None:
         """Weights move again."""
         self.reset()
-        self._state.frozen = False
+        self._progress.frozen = False
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
@@ -410,11 +313,35 @@ class Weighter(Readings):
             ValueError: The state is not a weighter's, or (``strict``) another weighter's: all differences in the tasks,
                 the method, ``lag``, ``update_every`` and ``shared_layer`` are listed.
         """
-        self._state.load_state_dict(state, strict, **self._resumed_settings(self._steps.layout))
+        self._progress.load_state_dict(state, strict, **self._resumed_settings(self._steps.layout))
         self._steps.forget()
         self.reset()
         if self._rotations is not None:
             self._rotations.forget_width()
+
+
+class _Facts:
+    """What the verdict asks the weighter, without keeping it alive."""
+
+    def __init__(self, weighter: Callable[[], Weighter | None], layout: Layout) -> None:
+        self._weighter, self._layout = weighter, layout
+
+    def _alive(self) -> Weighter:
+        weighter = self._weighter()
+        assert weighter is not None  # it is the one that asks
+        return weighter
+
+    def settings(self) -> dict[str, Any]:
+        """What all processes must have alike now, besides tasks, method, step, weights and state."""
+        return self._alive()._settings(self._layout)
+
+    def has_scaler(self) -> bool:
+        """Whether a loss scale is in use."""
+        return self._alive()._has_scaler()
+
+    def why_missed(self, missed: Sequence[str], window: Window) -> RuntimeError:
+        """The error for tasks of which no gradient came to the branch point."""
+        return self._alive()._why_missed(missed, window)
 
 
 class _Frozen:

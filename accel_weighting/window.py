@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,6 +38,7 @@ class Sums:
         present: In how many blocks each task was, ``[K]``.
         items: How many items (blocks, where nothing was counted) each task had, ``[K]``.
         losses: Sum of each task's losses, times its items where counted, ``[K]``.
+        extras: ``{name: mean}`` of the losses that were added as they are.
         gram: Inner products of the gradients, summed over blocks, ``[K, K]``.
         moments: For a rotating method, the sums over blocks of the skew moments, on the device.
         moments_total: The sum of all moments: not finite if one of them is not; 0 without moments.
@@ -55,6 +56,7 @@ class Sums:
     present: NDArray[np.float64]
     items: NDArray[np.float64]
     losses: NDArray[np.float64]
+    extras: Mapping[str, float]
     gram: NDArray[np.float64]
     moments: Tensor | None
     moments_total: float
@@ -65,6 +67,11 @@ class Sums:
     def mixed_counts(self) -> bool:
         """Whether some blocks came with counts and some without."""
         return 0 < self.counted < self.blocks - self.empty
+
+    @property
+    def bad_extras(self) -> list[str]:
+        """Losses that were added as they are and are not finite."""
+        return [name for name, mean in self.extras.items() if not math.isfinite(mean)]
 
     def not_finite(self) -> dict[str, NDArray[np.bool_]]:
         """``{"loss" | "gradient" | "moment": bool [K]}``: which sums are not finite."""
@@ -99,7 +106,11 @@ class Sums:
 
 
 HOST = 6
-"""Numbers of the vector besides those of single tasks: blocks, counted, empty, split, tapped, derivatives."""
+"""Numbers of the vector besides those of tasks and extras: blocks, counted, empty, split, tapped, derivatives."""
+
+
+EXTRAS = 8
+"""How many losses can be added as they are: room for them is in every vector, so that its length never changes."""
 
 
 @dataclass
@@ -110,11 +121,13 @@ class Layout:
         tasks: Number of tasks, K.
         matrices: Shape ``[out, in]`` of the shared layer's weight where gradients are taken there, else None.
         moments: How many moments of which width a rotating method has, ``(number, m)``, once z is known.
+        extras: Names of the losses that are added as they are, in the order in which they first came.
     """
 
     tasks: int
     matrices: tuple[int, int] | None = None
     moments: tuple[int, int] | None = None
+    extras: list[str] = field(default_factory=list)
 
     @property
     def gradients(self) -> tuple[int, ...]:
@@ -129,7 +142,7 @@ class Layout:
 
     @property
     def _head(self) -> int:
-        return HOST + 4 * self.tasks
+        return HOST + 4 * self.tasks + 2 * EXTRAS
 
     def condense(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         """After the sum over processes, still on the device: what the host reads, and what stays on the device.
@@ -147,7 +160,8 @@ class Layout:
         """The two parts of ``condense``, the first on the host, by name."""
         K, head = self.tasks, self._head
         blocks, counted, empty, split, tapped, derivatives = map(round, host[:HOST].tolist())
-        arrived, present, items, losses = host[HOST:head].reshape(4, K)
+        arrived, present, items = host[HOST : HOST + 3 * K].reshape(3, K)
+        counts, losses, extras = np.split(host[HOST + 3 * K : head], [EXTRAS, EXTRAS + K])
         return Sums(
             blocks,
             counted,
@@ -159,6 +173,7 @@ class Layout:
             present,
             items,
             losses,
+            {name: extras[i] / counts[i] for i, name in enumerate(self.extras) if counts[i]},
             host[head : head + K * K].reshape(K, K),
             None if self.moments is None else rest.view(self.triangles),
             float(host[-1]) if self.moments is not None else 0.0,
@@ -246,6 +261,7 @@ class Window:
         self._counted = self._empty = 0
         self._present = [0] * layout.tasks
         self._items = [0.0] * layout.tasks
+        self._extras = [0] * EXTRAS
         self._sums: dict[str, Tensor] = {}
 
     def record(self, losses: Tensor, present: frozenset[int], counts: Sequence[float] | None) -> None:
@@ -259,6 +275,16 @@ class Window:
         if counts is not None:
             losses = losses.double() * to_device(torch.tensor(counts, dtype=torch.float64), losses.device)
         self.add("losses", losses)
+
+    def record_extras(self, losses: Mapping[str, Tensor]) -> None:
+        """Losses of a micro-batch that were added as they are, detached."""
+        device = self._sums["losses"].device
+        row = [torch.zeros((), dtype=torch.float64, device=device)] * EXTRAS
+        for name, loss in losses.items():
+            place = self._layout.extras.index(name)
+            self._extras[place] += 1
+            row[place] = loss.to(device, torch.float64)
+        self.add("extras", torch.stack(row))
 
     def add(self, name: str, value: Tensor) -> None:
         """Adds to one of the sums on the device, in float64 (on the CPU where the device has none).
@@ -297,8 +323,10 @@ class Window:
             gradients = torch.zeros(self._layout.gradients, dtype=torch.float64, device=losses.device)
         arrived = [k in self.arrived for k in range(self._layout.tasks)]
         facts = [self.blocks, self._counted, self._empty, self.split, tapped, self.derivatives]
-        numbers = [*facts, *arrived, *self._present, *self._items]
-        parts = [losses, gradients.flatten().to(losses.device)]
+        numbers = [*facts, *arrived, *self._present, *self._items, *self._extras]
+        extras = self._sums.get("extras")
+        parts = [losses, _zeros(EXTRAS, losses.device) if extras is None else extras]
+        parts.append(gradients.flatten().to(losses.device))
         if self._layout.moments is not None:
             parts.append(self._triangles(losses.device).flatten())
             self._sums.pop("moments", None)  # large; the rest may be asked for once more, see `not_finite`
@@ -313,6 +341,11 @@ class Window:
         S = self._sums["moments"].flatten(1)
         upper, lower = _triangle_indices(m, S.device)
         return (S.index_select(1, upper) - S.index_select(1, lower)).double().to(device)
+
+
+@functools.lru_cache(maxsize=8)
+def _zeros(number: int, device: torch.device) -> Tensor:
+    return torch.zeros(number, dtype=torch.float64, device=device)
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,0 +1,311 @@
+"""A training loop's calls: combine the losses, run the one backward, close the window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import checks, errors
+from .branch import Branch
+from .losses import Bounds, Given, Losses, NumItems, OnDevice, Several
+from .optimizers import OptimizerWatch
+from .processes import left_waiting
+from .rotations import Rotations, were_folded
+from .state import WeighterState
+from .statistics import Method
+from .steps import Steps
+from .verdict import Verdict
+from .window import MicroBatch, Window
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Loop:
+    """The part of a weighter that a training loop calls. It owns the open window."""
+
+    tasks: tuple[str, ...]
+    method: Method
+    lag: int
+    update_every: int
+    update_after: int
+    _progress: WeighterState
+    _verdict: Verdict
+    _steps: Steps
+    _branch: Branch
+    _rotations: Rotations | None
+    _bounds: Bounds
+    _on_device: OnDevice
+    _optimizers: OptimizerWatch
+    _window: Window
+    _several: Several | None
+    _paused: bool
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        """The accelerator that trains the model; None for plain PyTorch."""
+        raise NotImplementedError
+
+    def backward(
+        self,
+        losses: Losses,
+        *,
+        num_items: NumItems = None,
+        extra: Mapping[str, Tensor] | None = None,
+        last: bool | None = None,
+        freeze: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Weighs the losses, runs the one backward, and closes the window after its last micro-batch.
+
+        Args:
+            losses: The losses of this micro-batch: a dictionary (a task left out is absent), a list, tuple, namedtuple
+                or 1-D tensor in task order; each a floating-point scalar with a graph.
+            num_items: How many items each loss is the mean of, an integer or ``{task: integer}``: weighs this block in
+                the statistics. For all blocks of a window or for none. A count of 0 alone says that the task is not
+                in this block; its head then gets a gradient of zeros.
+            extra: ``{name: loss}``, at most 8 names in all: added to the total as they are (an auxiliary, a commitment,
+                a balance loss), logged as ``loss/name``, and watched for not being finite.
+            last: Whether this is the last micro-batch before the optimizer steps. None: what
+                ``accelerator.sync_gradients`` says; True without an accelerator.
+            freeze: A plain weighted backward; this micro-batch is not recorded.
+            **kwargs: For ``accelerator.backward``.
+
+        Returns:
+            The weighted total, detached.
+
+        Raises:
+            ValueError, TypeError: An argument breaks its rule; nothing has happened yet.
+            RuntimeError: Gradients are disabled, the last window was due and was not closed, its gradients still wait
+                for an optimizer, this forward's graph was used before, or what ``step`` raises.
+        """
+        if not torch.is_grad_enabled():
+            raise errors.gradients_disabled()
+        total = self.combine(losses, num_items=num_items, extra=extra, last=last, freeze=freeze)
+        accelerator = self.accelerator
+        try:
+            if accelerator is None:
+                total.backward(**kwargs)  # type: ignore[no-untyped-call]
+            else:
+                accelerator.backward(total, **kwargs)
+        except BaseException as error:
+            self.reset()
+            if "second time" in str(error):
+                raise errors.graph_already_freed() from error
+            if left_waiting(error):
+                raise errors.left_waiting(self._progress.step) from error
+            raise
+        self.step()
+        return total.detach()
+
+    def combine(
+        self,
+        losses: Losses,
+        *,
+        num_items: NumItems = None,
+        extra: Mapping[str, Tensor] | None = None,
+        last: bool | None = None,
+        freeze: bool = False,
+    ) -> Tensor:
+        """The weighted total with its graph, for loops that call ``accelerator.backward`` and ``step`` themselves.
+
+        With gradients disabled (evaluation) it returns the weighted total and records nothing. Arguments as in
+        ``backward``. Where gradients are accumulated by hand, divide what it returns, not the losses.
+
+        Raises:
+            ValueError, TypeError: An argument breaks its rule; nothing has happened yet.
+            RuntimeError: The last window was due and was not closed, or its gradients still wait for an optimizer.
+        """
+        given = Given.parse(losses, num_items, self.tasks)
+        extra = checks.extra_losses(extra, self.tasks, self._steps.layout.extras)
+        if not torch.is_grad_enabled():
+            return self._total(given.vector(self.tasks, self._branch.head_outputs), extra)
+        paused = self._paused or self._optimizers.repeats
+        self._check_order(given, paused)
+        v = given.vector(self.tasks, self._branch.head_outputs)
+        self._window.called |= self._branch.called
+        self._window.fed |= self._branch.fed
+        self._branch.forget()
+        record = self._measuring and not freeze and not paused
+        micro_batch = MicroBatch(given.present, self._window, record=record)
+        total = self._total(v, extra, given if record else None, paused)
+        self._say_what_its_backward_needs(micro_batch, given, v.detach())
+        if not paused:
+            self._enter(micro_batch, given, v.detach(), extra, last, freeze)
+        if record or self.method.acts_on == "shared":
+            self._branch.watch(v, micro_batch)
+        return total
+
+    def _check_order(self, given: Given, paused: bool) -> None:
+        """What a micro-batch of a training must find."""
+        if self._rotations is not None and self._rotations.folded:
+            raise were_folded()
+        if self.accelerator is not None:
+            checks.uneven_inputs(self.accelerator)
+        checks.losses_have_graphs(given.named, [self.tasks[k] for k in sorted(given.present)])
+        if moved := self._branch.follow():
+            raise errors.head_moved_in_a_forward(moved)
+        if self._window.due and not paused:
+            raise errors.window_not_closed()
+        if not self._window.opened and not paused:
+            self._look_for_an_optimizer(given)
+
+    def _look_for_an_optimizer(self, given: Given) -> None:
+        """A window opens: an optimizer must have used the gradients of the last one."""
+        kind = None if self.accelerator is None else self.accelerator.distributed_type.value
+        if kind == "DEEPSPEED":  # which steps inside of its backward
+            return
+        prepared = bool(getattr(self.accelerator, "_optimizers", ()))
+        if self._optimizers.opens(given.named.values(), prepared):
+            raise errors.gradients_still_wait()
+        if self._optimizers.never_steps:
+            self._verdict.warn_once("unstepped", errors.windows_without_steps())
+
+    def _total(
+        self, v: Tensor, extra: Mapping[str, Tensor], recorded: Given | None = None, paused: bool = False
+    ) -> Tensor:
+        """The weighted sum of the losses ``v``, ``[K]``; for ``lag=0`` by the weights of what is ``recorded``."""
+        state = self._steps.settled
+        if self.method.acts_on == "shared":
+            weights = state.get("loss_weights")
+        elif paused:
+            weights = state.applied
+        elif self.lag == 0 and recorded is not None:
+            weights = self._steps.decide(v.detach(), recorded.present, recorded.counts)
+        else:
+            weights = state.weights
+        w = None if weights is None else self._on_device("losses", weights, v)
+        w = self._bounds.capped(w, v.detach(), self._on_device)
+        if torch.is_grad_enabled() and not paused and self.method.acts_on == "losses":
+            state.applied = weights
+        total = v.sum() if w is None else v.dot(w)  # which autocast leaves alone
+        for loss in extra.values():
+            total = total + loss.to(total.device)
+        return total
+
+    def _say_what_its_backward_needs(self, micro_batch: MicroBatch, given: Given, seen: Tensor) -> None:
+        """Factors and weights of a micro-batch, where its backward passes the branch."""
+        micro_batch.scale = given.scale(seen)
+        if self.method.acts_on == "losses":
+            return
+        state, repeats = self._progress, not micro_batch.record and (self._paused or self._optimizers.repeats)
+        micro_batch.shared_weights = self._on_device("shared", state.applied if repeats else state.weights, seen)
+        if not repeats:
+            state.applied = state.weights
+        if self.lag == 0 and micro_batch.record:
+            present, counts = given.present, given.counts  # and no loss, which would keep the step's graph
+
+            def decide(gram: Tensor, arrived: frozenset[int]) -> Tensor:
+                state.applied = self._steps.decide(seen, present, counts, gram, arrived)
+                return self._on_device("decided", state.applied, seen)
+
+            micro_batch.decide = decide
+
+    def _enter(
+        self,
+        micro_batch: MicroBatch,
+        given: Given,
+        seen: Tensor,
+        extra: Mapping[str, Tensor],
+        last: bool | None,
+        freeze: bool,
+    ) -> None:
+        """Enters a micro-batch into the window."""
+        window, several = self._window, self._several
+        window.opened += 1
+        window.due = several is None and (self._sync if last is None else last)
+        window.moves_weights |= self._unfrozen and not freeze
+        if not micro_batch.record:
+            return
+        self._verdict.warn_of_half_precision(given.named)
+        if several is None:
+            window.record(seen, given.present, given.counts)
+        else:
+            several.add(seen, given)
+        if extra:
+            window.record_extras({name: loss.detach() for name, loss in extra.items()})
+
+    def step(self) -> None:
+        """Closes the window: one all-reduce, the verdict, the update. A no-op while gradients accumulate.
+
+        Raises:
+            RuntimeError: The window is empty, a loss never reached the branch, the processes disagree, or too many
+                steps in a row were not finite. What depends on other processes is raised on all of them.
+        """
+        if self._paused or self._several is not None or self._optimizers.repeats:
+            return
+        if not self._window.opened and self._sync:
+            raise errors.empty_window()
+        if not self._window.due:
+            return
+        try:
+            self._steps.close(self._window)
+        finally:
+            self.reset()
+
+    def reset(self) -> None:
+        """Drops the open window, for instance after an exception that the user caught on every process."""
+        self._window = Window(self._steps.layout)
+        self._branch.forget()
+        self._several = None
+
+    @contextmanager
+    def micro_batch(self, *, last: bool | None = None) -> Iterator[None]:
+        """``with``: several ``backward`` calls, with some of the tasks each, are one micro-batch: one block, one step.
+
+        A task's losses in several calls add up. Where every task had a forward of its own, inner products at the shared
+        representation do not exist, and a method that needs them raises.
+
+        Args:
+            last: As in ``backward``, for all of it.
+
+        Raises:
+            RuntimeError: It is nested, or ``lag=0``, which decides in every backward.
+        """
+        if self._several is not None:
+            raise errors.nested_micro_batch()
+        if self.lag == 0:
+            raise errors.micro_batch_at_lag_0()
+        self._several = several = Several()
+        try:
+            yield
+        except BaseException:
+            self.reset()
+            raise
+        self._several = None
+        if several.losses is not None:
+            self._window.record(several.losses, frozenset(several.present), several.counts(len(self.tasks)))
+            self._window.split |= several.apart and self._steps.layout.matrices is None
+        if self._window.opened:
+            self._window.due = self._sync if last is None else last
+            self.step()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """``with``: weighted backwards that leave no trace, as in closures of L-BFGS, SAM's second pass, a line search.
+
+        Nothing is recorded, no step is counted, and the open window is kept. They are weighed as the last recorded pass
+        was, though its window may have closed since: so measure first, then pause.
+        """
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    @property
+    def _sync(self) -> bool:
+        accelerator = self.accelerator
+        return accelerator is None or bool(accelerator.sync_gradients)
+
+    @property
+    def _unfrozen(self) -> bool:
+        return not self._progress.frozen and self._progress.step >= self.update_after
+
+    @property
+    def _measuring(self) -> bool:
+        return self._unfrozen and (self._progress.step - self.update_after) % self.update_every == 0
