@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 
 import matplotlib
+import numpy as np
 import torch
 from check import Checks, arguments, save
 from torch import Tensor
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 
 from accel_weighting import EqualWeighting, RotoGrad, Statistics
 
-BOTH = torch.ones(2, dtype=torch.bool)
+BOTH = np.ones(2, dtype=bool)
 CENTRES = torch.tensor([[1.5, 1.5], [-1.5, -1.5]], dtype=torch.float64)
 
 
@@ -67,11 +68,12 @@ def train(
         gram, norms, seen = G @ G.mT, G.norm(dim=-1), losses.detach()
         moments = (G[:, 0, 0] * G[:, 1, 1] - G[:, 1, 0] * G[:, 0, 1]).view(seeds, 1, 1)
         weights = []
+        L, n, M = seen.numpy(), norms.numpy(), gram.numpy()
         for s in range(seeds):
-            window = Statistics(seen[s], BOTH, norms[s], gram[s], moments[s], step=step)
+            window = Statistics(L[s], BOTH, n[s], M[s], moments[s], step=step)
             w, states[s] = method.update(states[s], window)
             weights.append(w)  # of this very step, as in Algorithm 1
-        direction = (torch.stack(weights)[..., None] * G).sum(1)
+        direction = (torch.from_numpy(np.stack(weights))[..., None] * G).sum(1)
         for p, gradient in zip(parameters, torch.autograd.grad(z, parameters, direction), strict=True):
             p.data -= lr * gradient
         losses_over_time.append(seen)
