@@ -9,6 +9,7 @@ repeated here.
 import math
 
 import matplotlib
+import numpy as np
 import torch
 from check import Checks, arguments, save
 from torch import Tensor
@@ -19,13 +20,13 @@ from accel_weighting import CoVWeighting, Statistics
 def weights_over(losses: Tensor, method: CoVWeighting | None = None) -> Tensor:
     """The weights used at every step, `[steps, K]`, for losses `[steps, K]`."""
     method = method or CoVWeighting()
-    present = torch.ones(losses.shape[1], dtype=torch.bool)
+    present = np.ones(losses.shape[1], dtype=bool)
     w, state = method.init([f"loss {k}" for k in range(losses.shape[1])])
     used = []
-    for L in losses.double():
+    for L in losses.double().numpy():
         used.append(w)
         w, state = method.update(state, Statistics(L, present))
-    return torch.stack(used)
+    return torch.from_numpy(np.stack(used))
 
 
 def main() -> None:

@@ -1,19 +1,20 @@
 """RotoGrad's toys (Javaloy and Valera, §4): two tasks, one optimum each, one network output for both.
 
-`L = φ(R_1 f(x), 1) + φ(R_2 f(x), 2)` for a single input. Without rotations the output is drawn to two places at once
-and stays between them. Rotations can bring the two optima to the same place.
+`L = φ(R_1 f(x), 1) + φ(R_2 f(x), 2)` for a single input: without rotations the output is drawn to two places at once
+and stays between them. Rotations can lay the two optima on top of each other.
 
     python examples/papers/rotograd_toys.py
 
-The formula of the paper's convex φ is in an appendix that is not public. Here it is
+The formula of the paper's convex φ is in an appendix that is not public; here it is
 `log cosh a + ½ log cosh b + 0.05 (a² + b²)` with `a, b` the sum and the difference of `z − c`, `c = ±(1.5, 1.5)`. The
-non-convex one is that of the authors' example. All seeds are trained in parallel, each with its own `RotoGrad` state.
+non-convex one is that of the authors' example. All seeds advance side by side; every seed has a `RotoGrad` of its own.
 """
 
 import math
 from collections.abc import Callable
 
 import matplotlib
+import numpy as np
 import torch
 from check import Checks, arguments, save
 from torch import Tensor
@@ -21,12 +22,12 @@ from tqdm.auto import tqdm
 
 from accel_weighting import EqualWeighting, RotoGrad, Statistics
 
-BOTH = torch.ones(2, dtype=torch.bool)
+BOTH = np.ones(2, dtype=bool)
 CENTRES = torch.tensor([[1.5, 1.5], [-1.5, -1.5]], dtype=torch.float64)
 
 
 def convex(r: Tensor) -> Tensor:
-    """Convex and smooth, with minimum 0 at the task's own centre; `[seeds, tasks, 2]` to `[seeds, tasks]`."""
+    """Convex, smooth, of minimum 0 at the task's own centre; `[seeds, tasks, 2]` to `[seeds, tasks]`."""
     u = r - CENTRES
     a, b = u.sum(-1), u[..., 0] - u[..., 1]
 
@@ -37,7 +38,7 @@ def convex(r: Tensor) -> Tensor:
 
 
 def rippled(r: Tensor) -> Tensor:
-    """The authors' function plus 6: many local minima around the global one at the task's own centre."""
+    """Of the authors' example, raised by 6: many local minima around the one at the task's own centre."""
     u = r - CENTRES
     return 6 - 3 * torch.sinc(3 * u / math.pi).sum(-1) + u.abs().sum(-1)
 
@@ -45,13 +46,11 @@ def rippled(r: Tensor) -> Tensor:
 def train(
     method, phi: Callable[[Tensor], Tensor], x: Tensor, seeds: int, steps: int, lr: float, name: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Trains `seeds` networks 2-10-2; returns losses and outputs over time, and the rotations at the end."""
+    """Trains `seeds` networks 2-10-2: the losses and the outputs over time, and the rotations at the end."""
 
     def uniform(*shape: int, inputs: int) -> Tensor:
-        g = torch.Generator().manual_seed(
-            len(shape) + inputs
-        )  # the start of a seed does not depend on the number of seeds
-        bound = inputs**-0.5  # as nn.Linear is initialised
+        g = torch.Generator().manual_seed(len(shape) + inputs)  # a seed begins alike, however many there are
+        bound = inputs**-0.5  # as nn.Linear begins
         return ((torch.rand(seeds, *shape, generator=g, dtype=torch.float64) * 2 - 1) * bound).requires_grad_()
 
     parameters = [uniform(10, 2, inputs=2), uniform(10, inputs=2), uniform(2, 10, inputs=10), uniform(2, inputs=10)]
@@ -69,11 +68,12 @@ def train(
         gram, norms, seen = G @ G.mT, G.norm(dim=-1), losses.detach()
         moments = (G[:, 0, 0] * G[:, 1, 1] - G[:, 1, 0] * G[:, 0, 1]).view(seeds, 1, 1)
         weights = []
+        L, n, M = seen.numpy(), norms.numpy(), gram.numpy()
         for s in range(seeds):
-            window = Statistics(seen[s], BOTH, norms[s], gram[s], moments[s], step=step)
+            window = Statistics(L[s], BOTH, n[s], M[s], moments[s], step=step)
             w, states[s] = method.update(states[s], window)
-            weights.append(w)  # weights of the current step, as in Algorithm 1
-        direction = (torch.stack(weights)[..., None] * G).sum(1)
+            weights.append(w)  # of this very step, as in Algorithm 1
+        direction = (torch.from_numpy(np.stack(weights))[..., None] * G).sum(1)
         for p, gradient in zip(parameters, torch.autograd.grad(z, parameters, direction), strict=True):
             p.data -= lr * gradient
         losses_over_time.append(seen)
@@ -112,7 +112,7 @@ def main() -> None:
             checks.between(f"convex, {name}: seeds of {seeds} that solve both", solved, 0, 0)
         else:
             checks.between(f"convex, {name}: seeds of {seeds} that solve both", solved, seeds, seeds)
-            # The optima lie opposite each other, half a turn apart.
+            # The optima lie opposite: half a turn apart.
             angle = torch.atan2(R[:, :, 1, 0], R[:, :, 0, 0])
             apart = ((angle[:, 0] - angle[:, 1]).remainder(2 * math.pi) - math.pi).abs()
             checks.between(

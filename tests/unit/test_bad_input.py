@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, Smooth, StaticWeighting, Weighter
+from accel_weighting import MGDA, CoVWeighting, EqualWeighting, GradNorm, Smooth, StaticWeighting, Weighter
 from tests.ranks import accelerator_for, forget_accelerators
 from tests.small import (
     GRADNORM,
@@ -636,6 +636,54 @@ def test_a_method_is_an_instance(method):
         Weighter(method, TASKS)
     with pytest.raises(ValueError, match=r"Parameter `method` must be a method such as `GradNorm\(\)`"):
         Smooth(method, 0.5)
+
+
+class Faulty(EqualWeighting):
+    """Answers with a weight that is not a number, or is written with tensors."""
+
+    tensors = False
+
+    def init(self, tasks, initial_weights=None):
+        return (torch.ones(2), {}) if self.tensors else super().init(tasks, initial_weights)
+
+    def update(self, state, statistics):
+        return np.array([1.0, np.nan]), {"gone": np.ones(2)}
+
+
+def test_a_method_whose_weights_are_not_finite_is_refused_before_they_are_taken():
+    weighter, model = weighter_and_model(Faulty())
+    with raises(RuntimeError, "answered with weights that are not finite at optimizer step 0: [1.0, nan]"):
+        weighter.backward(losses_of(model))
+    assert weighter.weights == {"depth": 1, "seg": 1} and "gone" not in weighter.state_dict()["state"]
+
+
+def test_a_method_that_gives_tensors_is_shown_how_to_convert_it():
+    method = Faulty()
+    object.__setattr__(method, "tensors", True)
+    with raises(TypeError, "`Faulty.init` must give NumPy arrays") as caught:
+        weighter_and_model(method)
+    assert "`np.ones(len(tasks))` for `torch.ones(len(tasks), dtype=torch.float64)`" in str(caught.value)
+
+
+def test_what_was_not_finite_on_the_only_process_is_told_without_processes(caplog):
+    weighter, model = weighter_and_model()
+    losses = losses_of(model)
+    weighter.backward(losses | {"seg": losses["seg"] * torch.nan})
+    assert caplog.messages[-1] == "Loss `seg` was not finite at optimizer step 0; weights are held."
+
+
+def test_a_limit_of_skipped_steps_that_is_changed_later_takes_effect():
+    weighter, model = weighter_and_model()
+    weighter.max_skipped_steps = 0
+    losses = losses_of(model)
+    with raises(RuntimeError, "1 steps in a row exceed `max_skipped_steps = 0`"):
+        weighter.backward(losses | {"seg": losses["seg"] * torch.nan})
+
+
+def test_at_lag_0_a_gradient_that_is_not_there_with_the_others_is_told_as_such():
+    weighter, model = weighter_and_model(MGDA(), lag=0)
+    with raises(RuntimeError, "Here the gradient of loss `seg` did not come with the others: nothing of it comes to"):
+        weighter.backward(bypass(model, weighter))
 
 
 def test_numbers_of_numpy_are_numbers():
