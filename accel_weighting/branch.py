@@ -292,7 +292,7 @@ class Branch:
         """
 
         def begins(factors: Tensor) -> None:
-            micro_batch.factors = factors.detach()
+            micro_batch.factors = micro_batch.window.factors = factors.detach()
             running = _Pass(micro_batch, self._end_backward)
             self._pass = weakref.ref(running)
             Variable._execution_engine.queue_callback(running)

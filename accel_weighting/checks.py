@@ -194,14 +194,17 @@ def shared_layer(layer: Any) -> nn.Linear:
 
 
 def uneven_inputs(accelerator: Any) -> None:
-    """Processes that may take different numbers of steps; `join_uneven_inputs` says so to the dataloader alone."""
+    """The loader that is being iterated may give processes different numbers of steps."""
     if accelerator.num_processes == 1:
         return
-    sampler = getattr(accelerator.gradient_state.active_dataloader, "batch_sampler", None)
-    if not accelerator.even_batches or not getattr(sampler, "even_batches", True):
+    loader = accelerator.gradient_state.active_dataloader
+    sampler = getattr(loader, "batch_sampler", None)
+    if not getattr(sampler, "even_batches", True) and not getattr(sampler, "drop_last", False):
         raise ValueError(
-            "Uneven inputs are not supported: `even_batches=False` (of the accelerator, or in `join_uneven_inputs`) "
-            "lets processes take different numbers of steps. Use `even_batches=True` or drop the last batch."
+            f"Uneven inputs are not supported: the {type(loader).__name__} that is being iterated has "
+            "`even_batches=False` (of the accelerator, or of `join_uneven_inputs`) and does not drop its last "
+            "batch, so that processes can take different numbers of steps. Use `even_batches=True`, or "
+            "`drop_last=True` in the loader."
         )
 
 
@@ -213,21 +216,24 @@ def warn_without_the_accelerator() -> None:
     )
 
 
-def warn_started_alone(launched: int | None) -> None:
-    """The environment speaks of several processes, and the accelerator sees one; None: one was started."""
-    if launched is None:
-        message = (
-            "The environment says that a launcher was told of several processes and started one (MASTER_ADDR is set, "
-            "RANK is not): this training has one process. `accelerate launch --cpu --num_processes N` does that. On "
-            "CPU, launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N."
-        )
-    else:
-        message = (
-            f"The environment says that {launched} processes were launched (WORLD_SIZE), but this accelerator sees "
-            "one: they train apart, each on all of the data. On CPU, launch with ACCELERATE_USE_CPU=true or build "
+def started_alone(launched: int | None) -> None:
+    """The environment speaks of several processes, and the accelerator sees one; None: one was started.
+
+    Raises:
+        RuntimeError: Several trainings would run side by side.
+    """
+    if launched is not None:
+        raise RuntimeError(
+            f"{launched} processes were launched (WORLD_SIZE), but this accelerator sees one: they would train "
+            "apart, each on all of the data. On CPU, launch with ACCELERATE_USE_CPU=true or build "
             "Accelerator(cpu=True)."
         )
-    warnings.warn(message, stacklevel=4)
+    warnings.warn(
+        "The environment says that a launcher was told of several processes and started one (MASTER_ADDR is set, "
+        "RANK is not): this training has one process. `accelerate launch --cpu --num_processes N` does that. On "
+        "CPU, launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N.",
+        stacklevel=4,
+    )
 
 
 # ---- what comes with a backward --------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class Hooked(Protocol):
     """What a call of a head is handed to."""
 
+    owner: Callable[[], Any]
+
     def before_head(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """The arguments with which head ``k`` is called in place of those."""
 
@@ -41,6 +43,7 @@ class _Before:
 
     def __init__(self, hooked: Hooked, k: int, copied: bool = False) -> None:
         self.hooked, self._k, self.copied = hooked, k, copied
+        self.keeps = None if copied else hooked.owner()  # the weighter lives as long as a model that it is hooked to
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         before = self.hooked.copied_head if self.copied else self.hooked.before_head

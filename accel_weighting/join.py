@@ -156,8 +156,10 @@ class Join(torch.autograd.Function):
             return (None,) * (4 + ctx.tensors)
         inputs, mask = ctx.saved_tensors if ctx.saves else (None, None)
         if not torch.compiler.is_compiling():
-            return None, None, None, None, *collect(gradients, ctx.tensors, inputs, mask, ctx.key)
-        totals: list[Tensor] = torch.ops.accel_weighting.collect(list(gradients), ctx.tensors, inputs, mask, ctx.key)
+            sums = collect(gradients, ctx.tensors, inputs, mask, ctx.key)
+            return None, None, None, None, *sums
+        totals: list[Tensor]
+        totals = torch.ops.accel_weighting.collect(list(gradients), ctx.tensors, inputs, mask, ctx.key)
         came = [any(g is not None for g in rows) for rows in _by_tensor(gradients, ctx.tensors)]
         sums = [total if there else None for total, there in zip(totals, came, strict=True)]
         return None, None, None, None, *sums

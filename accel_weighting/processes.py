@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,9 +124,15 @@ class Processes:
 
     Args:
         accelerator: Where the group is found when ``group`` is None.
-        group: A process group, or None. What is given or found is copied, so that no collective of an engine can be
-            mistaken for ours: with a group of our own a process that missed a step leaves the others waiting, not
-            calculating.
+        group: A process group, or None. What is given or found is copied once, for all weighters, so that no collective
+            of an engine can be mistaken for ours: when a process misses a step, the others time out instead of summing
+            mismatched data.
+
+    Attributes:
+        number: Which weighter in its group this is; processes that take theirs in different orders can tell by it.
+
+    Raises:
+        RuntimeError: Several processes were launched, and this accelerator believes that it is alone.
     """
 
     def __init__(self, accelerator: Any, group: dist.ProcessGroup | None) -> None:
@@ -144,13 +150,15 @@ class Processes:
             if kind not in SUPPORTED:
                 raise errors.unsupported_engine(kind, sorted(SUPPORTED))
             if launched != 1 and accelerator.num_processes == 1:
-                checks.warn_started_alone(launched)
+                checks.started_alone(launched)
         alone = not initialized
+        self.number = 0
         if group is None and initialized and accelerator is not None:
             group, alone = _find_group(accelerator)
-            group = None if alone else _own_group(group, use_local_synchronization=group is not None)
+            if not alone:
+                group, self.number = _own_group(group, use_local_synchronization=group is not None)
         elif group is not None:
-            group = _own_group(group, use_local_synchronization=True)
+            group, self.number = _own_group(group, use_local_synchronization=True)
         self.group = group
         self.world = 1 if alone else dist.get_world_size(group)
         self.rank = 0 if alone else dist.get_rank(group)
@@ -248,14 +256,33 @@ def _find_group(accelerator: Any) -> tuple[dist.ProcessGroup | None, bool]:
     return mesh["dp_cp"].get_group(), False
 
 
-def _own_group(group: dist.ProcessGroup | None, use_local_synchronization: bool) -> dist.ProcessGroup | None:
-    """A group of the same processes (None: all), with the same timeout."""
+@dataclass
+class _Own:
+    """The group that all weighters over the same processes share, and how many of them there were."""
+
+    group: dist.ProcessGroup
+    weighters: int = 0
+
+
+_OWN: dict[tuple[Any, ...], _Own] = {}
+"""By the world that the group was made in, its processes and its timeout."""
+
+
+def _own_group(group: dist.ProcessGroup | None, use_local_synchronization: bool) -> tuple[dist.ProcessGroup, int]:
+    """A group of the same processes (None: all) with the same timeout, and which weighter in it this is."""
     found = dist.group.WORLD if group is None else group
     assert found is not None
-    if dist.get_world_size(found) == 1:
-        return found
     device = torch.device("cuda" if "nccl" in dist.get_backend(found) else "cpu")
     timeout = found._get_backend(device).options._timeout
     ranks = dist.get_process_group_ranks(found)
-    group = dist.new_group(ranks, timeout, use_local_synchronization=use_local_synchronization)
-    return cast("dist.ProcessGroup", group)
+    for key in [key for key in _OWN if key[0] is not dist.group.WORLD]:  # of a world that was destroyed
+        del _OWN[key]
+    key = dist.group.WORLD, tuple(ranks), timeout
+    if key not in _OWN:
+        made = found
+        if len(ranks) > 1:
+            made = dist.new_group(ranks, timeout, use_local_synchronization=use_local_synchronization)
+        _OWN[key] = _Own(made)
+    own = _OWN[key]
+    own.weighters += 1
+    return own.group, own.weighters

@@ -49,7 +49,10 @@ class Readings:
         """Floats for ``accelerator.log``: weights, and losses, norms and cosines of the last step. No collective."""
         state = self._steps.settled
         weights = {f"weight/{task}": weight for task, weight in self.weights.items()}
-        return {**weights, **state.history.latest, "weighting/skipped_steps": float(state.total_skipped)}
+        counts = {"weighting/skipped_steps": float(state.total_skipped)}
+        if state.healed:
+            counts["weighting/healed_steps"] = float(state.healed)
+        return {**weights, **state.history.latest, **state.extras, **counts}
 
     def describe(self) -> str:
         """One line for a model card or a tracker's configuration: the method, the tasks and their weights."""

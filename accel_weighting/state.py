@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .checkpoint import problems
 from .history import History
 from .statistics import Method, State, Statistics
 
@@ -39,6 +40,8 @@ class WeighterState:
         consecutive_skipped: Steps held in a row that count towards ``max_skipped_steps``.
         total_skipped: Steps held in all.
         frozen: Whether the weights are held by the user.
+        extras: ``{loss/name: mean}`` of the losses that were added as they are, of the last window.
+        healed: Steps at which the processes differed by rounding, and took over the first one's weights and state.
         statistics: What the last window that was not held saw.
         history: For logs and plots.
 
@@ -54,21 +57,23 @@ class WeighterState:
         _check_arrays(method, self.weights, self.method_state)
         self.applied = self.weights
         self.statistics: Statistics | None = None
+        self.healed = 0
+        self.extras: dict[str, float] = {}
         self._weight_sum = np.zeros(len(self._tasks))
         self._weight_steps = 0
         self.history = History(tasks)
 
-    def update(self, statistics: Statistics, seen: Statistics) -> None:
+    def update(self, statistics: Statistics, seen: Statistics | None = None) -> None:
         """The method's update.
 
         Args:
             statistics: What the window saw.
-            seen: What the method is to see of it: losses above their lower bounds.
+            seen: What the method is to see of it, where losses have lower bounds; None: all.
 
         Raises:
             RuntimeError: Its weights are not finite; nothing was changed.
         """
-        weights, method_state = self._method.update(self.method_state, seen)
+        weights, method_state = self._method.update(self.method_state, statistics if seen is None else seen)
         if not np.isfinite(weights).all():
             raise _weights_not_finite(self._method, weights, statistics.step)
         self.weights, self.method_state, self.statistics = weights, method_state, statistics
@@ -109,6 +114,22 @@ class WeighterState:
         values = [state[name].tobytes() for name in sorted(state) if _last(name) != "rotations"]
         return hashlib.blake2b(b"".join((self.weights.tobytes(), *values))).digest()
 
+    def snapshot(self) -> dict[str, NDArray[Any]]:
+        """Weights and the method's state, rotations among it, as the other processes are to compare them."""
+        state: dict[str, Any] = self.method_state
+        arrays = {name: x.cpu().numpy() if isinstance(x, Tensor) else x for name, x in state.items()}
+        return {"weights": self.weights} | {f"state {name}": value for name, value in arrays.items()}
+
+    def adopt(self, snapshot: Mapping[str, NDArray[Any]]) -> None:
+        """Takes over another process's snapshot, which differs by rounding."""
+        self.weights = snapshot["weights"].copy()
+        state: dict[str, Any] = {}
+        for name, own in self.method_state.items():
+            new = snapshot[f"state {name}"].copy()
+            state[name] = torch.from_numpy(new).to(own) if isinstance(own, Tensor) else new
+        self.method_state = state
+        self.healed += 1
+
     def replace_rotations(self, new: Tensor) -> None:
         """The same rotations on another device or in another precision."""
         self.method_state = {k: new if _last(k) == "rotations" else v for k, v in self.method_state.items()}  # type: ignore[misc]
@@ -146,14 +167,19 @@ class WeighterState:
         differences = {name: (old, here) for name, (old, here) in differences.items() if old != here}
         if differences and (strict or "version" in differences):
             raise _other_checkpoint(differences)
+        fresh = None if differences else self._method.init(self._tasks, self._initial_weights)[1]
+        if wrong := problems(saved, self._method, fresh):
+            raise _damaged(wrong)
         self.step, self.frozen = saved["step"], saved["frozen"]
         self.consecutive_skipped, self.total_skipped = saved["held"], saved["skipped"]
         self.history.load_state_dict(saved["record"], saved["tasks"])
         self.statistics = None
-        old_state = {name: _array(value, name) for name, value in saved["state"].items()}
+        known = saved["state"] if fresh is None else {n: v for n, v in saved["state"].items() if _kept(n, fresh)}
+        old_state = {name: _array(value, name) for name, value in known.items()}
         weights, weight_sum = saved["weights"].numpy().copy(), saved["weight_sum"].numpy().copy()
         if not differences:
-            self.weights, self.method_state = weights, old_state
+            self.weights = self.applied = weights
+            self.method_state = old_state
             self._weight_sum, self._weight_steps = weight_sum, saved["weight_steps"]
             return
         rows = [saved["tasks"].index(task) if task in saved["tasks"] else None for task in self._tasks]
@@ -193,6 +219,7 @@ class WeighterState:
             self.weights = initial
         if method.keeps_sum:
             self._restore_sum(initial, fresh)
+        self.applied = self.weights
 
     def _take_over_rotations(self, old_state: State, rows: Sequence[int | None], fresh: State) -> State:
         """The heads were trained behind their rotations, whatever the method."""
@@ -222,6 +249,11 @@ def _classes(method: str) -> list[str]:
 def _last(name: str) -> str:
     """The name that a method gave an entry of its state: wrappers write a prefix and a dot before it."""
     return name.rpartition(".")[2]
+
+
+def _kept(name: str, fresh: State) -> bool:
+    """Whether an entry of a saved state is the method's."""
+    return name in fresh or _last(name) == "rotations"
 
 
 def _tensor(value: Any) -> Tensor:
@@ -290,6 +322,12 @@ def _not_our_state(state: Any) -> ValueError:
         f"This does not hold a weighter's state (keys: {keys}). Objects must be registered for checkpointing in the "
         "same order as when it was saved."
     )
+
+
+def _damaged(wrong: Sequence[str]) -> ValueError:
+    """A state that no weighter has written."""
+    rows = "\n".join(f"  {problem}" for problem in wrong)
+    return ValueError(f"This weighter's state is damaged, and nothing of it was loaded:\n{rows}")
 
 
 def _other_checkpoint(differences: Mapping[str, tuple[Any, Any]]) -> ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -113,7 +114,10 @@ class Steps:
         state, step = self._state, self._state.step - 1
         agreed, host, rest = reduction.wait()
         self._verdict.check_agreement(agreed, state, step)
-        found = self._verdict.judge(self.layout.unpack(host, rest, step), window)
+        sums = self.layout.unpack(host, rest, step)
+        found = self._verdict.judge(sums, window)
+        state.extras = {f"loss/{name}": mean for name, mean in sums.extras.items() if math.isfinite(mean)}
+        before = state.weights
         if isinstance(found, Held):
             state.hold(found.counts)
         elif torch.is_inference_mode_enabled():
@@ -121,6 +125,8 @@ class Steps:
                 state.update(found, self._bounds.above(found))
         else:
             state.update(found, self._bounds.above(found))
+        if not isinstance(found, Held):
+            self._verdict.notice_update(found, moved=not np.array_equal(before, state.weights))
         if self._lag == 0:  # its own weights are those of the update that has just been
             state.add_to_average()
         state.record(step, None if isinstance(found, Held) else found)

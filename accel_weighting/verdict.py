@@ -29,6 +29,10 @@ GRADIENTS = frozenset({"norms", "gram", "moments"})
 """Statistics that are taken at the branch point."""
 
 
+ALONE = 20
+"""Windows in a row with one task each, and weights that stay, after which that is said."""
+
+
 @dataclass(frozen=True)
 class Held:
     """A window that leaves weights and state as they are.
@@ -77,9 +81,10 @@ class Verdict:
     ) -> None:
         self._method, self._tasks, self._facts = method, tuple(tasks), facts
         self._processes, self._smallest = processes, smallest
-        self._built = {"tasks": list(tasks), "method": repr(method)}
+        self._built = {"tasks": list(tasks), "method": repr(method), "weighter number": processes.number}
         self._signed: tuple[Mapping[str, Any], list[int]] = {}, []
         self._warned: set[str] = set()
+        self._alone = 0
 
     @property
     def max_skipped_steps(self) -> int:
@@ -105,7 +110,13 @@ class Verdict:
         return [*self._signed[1], state.step % (1 << BITS), *signature_pieces(state.digest(), 2)]
 
     def check_agreement(self, agreed: bool, state: WeighterState, step: int) -> None:
-        """All processes raise, and say about what and who, unless they ``agreed``."""
+        """Unless the processes ``agreed``: they take over the first one's weights and state, or all raise.
+
+        Machines of different kinds round the last bit differently, which is taken back here, in one more collective.
+
+        Raises:
+            RuntimeError: They differ by more, or in a setting or the step; says about what, and who.
+        """
         if agreed:
             return
         description = {
@@ -117,7 +128,14 @@ class Verdict:
         }
         if (rotations := state.rotations) is not None:
             description["rotations"] = hashlib.blake2b(rotations.cpu().numpy().tobytes()).hexdigest()[:8]
-        raise _disagreement(self._processes.gather(description), step)
+        everyone = self._processes.gather((description, state.snapshot()))
+        descriptions, snapshots = zip(*everyone, strict=True)
+        settled = [*self._built, *self._facts.settings(), "step"]
+        if all(d[name] == descriptions[0][name] for d in descriptions for name in settled) and _alike(snapshots):
+            state.adopt(snapshots[0])
+            self.warn_once("healed", _healed(step))
+            return
+        raise _disagreement(descriptions, step)
 
     # ---- the window --------------------------------------------------------------------------------------------
 
@@ -138,7 +156,7 @@ class Verdict:
         if not sums.finite:
             for what, bad in sums.not_finite().items():
                 if bad.any():
-                    return self._hold(what, bad, window.not_finite(what), sums.step)
+                    return self._hold(what, bad, window, sums.step)
             if sums.bad_extras:
                 return self._hold_extras(sums.bad_extras, sums.step)
         statistics = sums.statistics()
@@ -150,7 +168,8 @@ class Verdict:
             self._check_gradients(sums, statistics, window)
         return statistics
 
-    def _hold(self, what: str, bad: NDArray[np.bool_], here: NDArray[np.bool_], step: int) -> Held:
+    def _hold(self, what: str, bad: NDArray[np.bool_], window: Window, step: int) -> Held:
+        here = window.not_finite(what)
         places = [""] * len(bad)
         if self._processes.world > 1:
             this = f" on process {self._processes.rank} of {self._processes.world}"
@@ -158,7 +177,7 @@ class Verdict:
         found = [(task, place) for task, place, is_bad in zip(self._tasks, places, bad, strict=True) if is_bad]
         message = _not_finite(what, found, step)
         self.warn_once(what, message, also=bool(here.any()))
-        return Held(message, counts=what == "loss" or not self._facts.has_scaler())
+        return Held(message, counts=what == "loss" or not (self._facts.has_scaler() or window.scaled))
 
     def _hold_extras(self, names: Sequence[str], step: int) -> Held:
         message = _not_finite("loss", [(name, "") for name in names], step)
@@ -201,6 +220,18 @@ class Verdict:
         if np.count_nonzero(M.diagonal()) > 1 and np.count_nonzero(M) == np.count_nonzero(M.diagonal()):
             self.warn_once("shared", _no_sample_is_shared(repr(self._method), "moments" in self._method.needs))
 
+    def notice_update(self, statistics: Statistics, moved: bool) -> None:
+        """Windows that hold one task each: weights that are compared with each other cannot move.
+
+        Args:
+            statistics: Of the window.
+            moved: Whether the weights are others than before.
+        """
+        alone = len(self._tasks) > 1 and np.count_nonzero(statistics.present) == 1 and not moved
+        self._alone = self._alone + 1 if alone else 0
+        if self._alone == ALONE:
+            self.warn_once("alone", _one_task_per_window(repr(self._method)))
+
     def warn_of_half_precision(self, losses: Mapping[str, Tensor]) -> None:
         """Once, where a loss comes in half precision."""
         if "half" in self._warned:
@@ -215,6 +246,27 @@ class Verdict:
         if about not in self._warned and (also or self._processes.rank == 0):
             logger.warning(message)
         self._warned.add(about)
+
+
+ROUNDING = 1e-6
+"""Difference, relative to the largest entry of a vector, that the rounding of different machines explains."""
+
+
+def _alike(snapshots: Sequence[Mapping[str, NDArray[Any]]]) -> bool:
+    """Whether weights and states differ by rounding alone."""
+    first = snapshots[0]
+    return all(
+        other.keys() == first.keys() and all(_close(other[name], value) for name, value in first.items())
+        for other in snapshots[1:]
+    )
+
+
+def _close(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not np.issubdtype(a.dtype, np.floating) or not a.size:
+        return bool(np.array_equal(a, b))
+    return bool(np.abs(a - b).max() <= ROUNDING * np.abs(b).max())
 
 
 # ---- messages ----------------------------------------------------------------------------------------------------
@@ -241,6 +293,15 @@ def _disagreement(descriptions: Sequence[Mapping[str, Any]], step: int) -> Runti
     return RuntimeError(
         f"{what}.\n" + "\n".join(tables) + "\nWeights must only change through the weighter, and every process must "
         "build it alike and take the same steps."
+    )
+
+
+def _healed(step: int) -> str:
+    """The processes differed by rounding."""
+    return (
+        f"At optimizer step {step} weights or method state differed between processes by rounding alone, as on "
+        "machines of different kinds: all processes go on with those of the first. `weighting/healed_steps` counts "
+        "such steps."
     )
 
 
@@ -289,6 +350,15 @@ def _not_finite(what: str, found: Sequence[tuple[str, str]], step: int) -> str:
     subject = "Loss `{}`" if what == "loss" else "Gradient of loss `{}` at the shared representation"
     parts = [f"{subject.format(task)} was not finite{place}" for task, place in found]
     return f"{'; '.join(parts)} at optimizer step {step}; weights are held."
+
+
+def _one_task_per_window(method: str) -> str:
+    """Nothing can be compared."""
+    return (
+        f"The last {ALONE} windows held one task each, and the weights of {method} did not move: it compares tasks "
+        "that are in one window. Let a window hold several tasks (accumulate over the data sets, "
+        "`with weighter.micro_batch():`), or compare each task's last values, `CarryForward(method)`."
+    )
 
 
 def _below_bound(task: str, loss: float, bound: float, step: int) -> str:

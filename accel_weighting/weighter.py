@@ -141,17 +141,15 @@ class Weighter(Loop, Readings):
         self._registration = Registration(self, accelerator, predecessor)
 
     def _take_over_from(self, heads: Heads, rotates: bool) -> Registration | None:
-        """A weighter that is on these heads already is replaced if it has the same tasks, and refused if both rotate."""
+        """A weighter that is on these heads is replaced if it has the same tasks, and refused if both rotate."""
         registration = None
         for branch in heads.branches():
             older = branch.owner()
-            if older is None or older is self:
-                continue
-            if older.tasks == self.tasks:
+            if older is not None and older.tasks == self.tasks:
                 checks.warn_replaced(self.tasks)
                 registration = older._registration
                 older._branch.detach()
-            elif rotates and older._rotations is not None:
+            elif rotates and older is not None and older._rotations is not None:
                 raise errors.heads_rotate_already(older.tasks)
         return registration
 

@@ -244,6 +244,7 @@ class Window:
         arrived: Tasks whose gradient has come there.
         called: Tasks whose head was called.
         fed: Tasks whose head, or alias, had a history to send gradients back to.
+        factors: ``c`` of the last backward, ``[K]`` on the device.
         split: Whether the inner products of different tasks' gradients are not known.
         derivatives: Whether a loss was on derivatives that passed the branch point.
     """
@@ -256,6 +257,7 @@ class Window:
         self.arrived: set[int] = set()
         self.called: set[int] = set()
         self.fed: set[int] = set()
+        self.factors: Tensor | None = None
         self.split = self.derivatives = False
         self._layout = layout
         self._counted = self._empty = 0
@@ -298,6 +300,11 @@ class Window:
         if (before := self._sums.get(name)) is not None:
             value = before + value.to(before.device)
         self._sums[name] = value
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a backward's gradients were multiplied far beyond any weight, as a loss scale does."""
+        return self.factors is not None and bool(self.factors.abs().max() > 64)
 
     def not_finite(self, what: str) -> NDArray[np.bool_]:
         """Which of this process's own sums are not finite, bool ``[K]``; waits for the device.
