@@ -43,7 +43,6 @@ class Loop:
     _optimizers: OptimizerWatch
     _window: Window
     _several: Several | None
-    _paused: bool
 
     @property
     def accelerator(self) -> Accelerator | None:
@@ -124,7 +123,7 @@ class Loop:
         extra = checks.extra_losses(extra, self.tasks, self._steps.layout.extras)
         if not torch.is_grad_enabled():
             return self._total(given.vector(self.tasks, self._branch.head_outputs), extra)
-        paused = self._paused or self._optimizers.repeats
+        paused = self._optimizers.repeats
         self._check_order(given, paused)
         v = given.vector(self.tasks, self._branch.head_outputs)
         self._window.called |= self._branch.called
@@ -192,7 +191,7 @@ class Loop:
         micro_batch.scale = given.scale(seen)
         if self.method.acts_on == "losses":
             return
-        state, repeats = self._progress, not micro_batch.record and (self._paused or self._optimizers.repeats)
+        state, repeats = self._progress, not micro_batch.record and self._optimizers.repeats
         micro_batch.shared_weights = self._on_device("shared", state.applied if repeats else state.weights, seen)
         if not repeats:
             state.applied = state.weights
@@ -236,7 +235,7 @@ class Loop:
             RuntimeError: The window is empty, a loss never reached the branch, the processes disagree, or too many
                 steps in a row were not finite. What depends on other processes is raised on all of them.
         """
-        if self._paused or self._several is not None or self._optimizers.repeats:
+        if self._several is not None or self._optimizers.repeats:
             return
         if not self._window.opened and self._sync:
             raise errors.empty_window()
@@ -291,11 +290,11 @@ class Loop:
         Nothing is recorded, no step is counted, and the open window is kept. They are weighed as the last recorded pass
         was, though its window may have closed since: so measure first, then pause.
         """
-        before, self._paused = self._paused, True
+        before, self._optimizers.paused = self._optimizers.paused, True
         try:
             yield
         finally:
-            self._paused = before
+            self._optimizers.paused = before
 
     @property
     def _sync(self) -> bool:

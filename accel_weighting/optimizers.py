@@ -38,9 +38,14 @@ def _steps() -> _Steps:
 
 
 class OptimizerWatch:
-    """Compares one weighter's windows with the steps of optimizers."""
+    """Compares one weighter's passes with the steps of optimizers.
+
+    Attributes:
+        paused: Whether the user said that passes leave no trace.
+    """
 
     def __init__(self) -> None:
+        self.paused = False
         self._steps = _steps()
         self._built_at = self._steps.begun
         self._opened_at: int | None = None  # optimizer steps begun when the last window was opened
@@ -48,9 +53,9 @@ class OptimizerWatch:
 
     @property
     def repeats(self) -> bool:
-        """Whether an optimizer is stepping (its closure runs), and a window was opened in this very step already."""
+        """Whether this pass leaves no trace: it was said, or an optimizer's closure runs for the second time in a step."""
         running = self._steps.begun > self._steps.ended
-        return running and self._opened_at == self._steps.begun
+        return self.paused or (running and self._opened_at == self._steps.begun)
 
     def opens(self, losses: Iterable[Tensor], prepared: bool) -> bool:
         """A window opens; whether the gradients of the last one are still waiting for an optimizer.

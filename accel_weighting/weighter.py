@@ -137,7 +137,7 @@ class Weighter(Loop, Readings):
         self._window = Window(layout)
         self._on_device = OnDevice()
         self._optimizers = OptimizerWatch()
-        self._several, self._paused = None, False
+        self._several = None
         self._registration = Registration(self, accelerator, predecessor)
 
     def _take_over_from(self, heads: Heads, rotates: bool) -> Registration | None:

@@ -257,10 +257,23 @@ def test_an_unsupported_engine_is_refused_with_the_supported_ones():
     assert "MULTI_GPU" in str(caught.value) and "FSDP" in str(caught.value) and "DEEPSPEED" in str(caught.value)
 
 
-def test_uneven_inputs_are_refused_at_construction():
-    accelerator = fake_accelerator(num_processes=2, even_batches=False)
-    with raises(ValueError, "Use `even_batches=True` or drop the last batch."):
-        Weighter(EqualWeighting(), TASKS, accelerator=accelerator)
+@pytest.mark.parametrize(
+    ("even", "drops", "refused"), [(False, False, True), (False, True, False), (True, False, False)]
+)
+def test_only_a_loader_that_can_give_processes_other_numbers_of_batches_is_refused(even, drops, refused):
+    """The loader that is being iterated, in training: what other loaders do is nobody's business."""
+    loader = SimpleNamespace(batch_sampler=SimpleNamespace(even_batches=even, drop_last=drops))
+    state = SimpleNamespace(active_dataloader=loader)
+    weighter = Weighter(EqualWeighting(), TASKS)
+    weighter._accelerator = lambda: fake_accelerator(num_processes=2, even_batches=False, gradient_state=state)
+    model = net()
+    with torch.no_grad():
+        weighter.combine(losses_of(model))
+    if refused:
+        with raises(ValueError, "the SimpleNamespace that is being iterated has `even_batches=False`"):
+            weighter.combine(losses_of(model))
+    else:
+        weighter.combine(losses_of(model))
 
 
 def test_several_processes_without_an_accelerator(monkeypatch):
@@ -280,9 +293,9 @@ def test_a_process_group_of_one_needs_no_accelerator():
         dist.destroy_process_group()
 
 
-def test_processes_that_do_not_see_each_other_are_warned_of(monkeypatch):
+def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.warns(UserWarning, match="2 processes were launched .* this accelerator sees one"):
+    with raises(RuntimeError, "2 processes were launched (WORLD_SIZE), but this accelerator sees one"):
         Weighter(EqualWeighting(), TASKS, accelerator=fake_accelerator())
 
 
@@ -561,7 +574,7 @@ def test_a_negative_loss_is_refused_where_losses_are_divided(method):
     with raises(ValueError, "divides by losses and needs them positive. Task `seg` averaged -") as caught:
         weighter.backward(losses | {"seg": losses["seg"] - 100})
     assert repr(method) in str(caught.value)
-    assert "over optimizer step 0. Shift it or use a method without loss ratios." in str(caught.value)
+    assert "over optimizer step 0. Give its lower bound, `min_losses={task: bound}`" in str(caught.value)
     assert_the_next_window_works(weighter, model, step=1)
 
 

@@ -267,11 +267,13 @@ def test_two_weighters_with_heads_of_their_own_on_one_trunk(order):
         assert_close(weighters[i].statistics.gram, mine @ mine.T, **EXACT)
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["the first", "the second"])
-def test_two_weighters_on_the_same_heads(which):
+def test_a_weighter_of_the_same_tasks_on_the_same_heads_takes_the_place_of_the_older_one():
     model = net()
-    weighters = [Weighter(GRADNORM, TASKS, heads=dict(model.heads)) for _ in range(2)]
-    weighters[which].backward(losses_of(model))
-    assert weighters[1 - which].statistics is None
-    assert_close(weighters[which].statistics.norms, gradients_by_hand(net()).norm(dim=1), **EXACT)
+    older = Weighter(GRADNORM, TASKS, heads=dict(model.heads))
+    with pytest.warns(UserWarning, match="carry a weighter of the tasks .* already: the new one replaces it"):
+        weighter = Weighter(GRADNORM, TASKS, heads=dict(model.heads))
+    weighter.backward(losses_of(model))
+    assert older.statistics is None
+    assert_close(weighter.statistics.norms, gradients_by_hand(net()).norm(dim=1), **EXACT)
     assert_gradients_by_hand(model, {"depth": 1, "seg": 1})
+    assert len(model.heads["seg"]._forward_pre_hooks) == 1
