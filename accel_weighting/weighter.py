@@ -13,10 +13,11 @@ from . import checks, errors
 from .branch import Branch
 from .heads import Heads, HeadSpec
 from .losses import Given, Losses, NumItems, OnDevice
-from .modules import find_layer, heads_by_task
+from .modules import heads_by_task
 from .processes import Processes, left_waiting
 from .reading import Readings
 from .rotations import Rotations, fold, were_folded
+from .shared_layer import SharedLayer
 from .state import WeighterState
 from .statistics import Method
 from .steps import Steps
@@ -25,6 +26,10 @@ from .window import Layout, MicroBatch, Window
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+WAITING = 1 << 20
+"""So many elements of gradients at z do not wait for each other where the method needs norms alone."""
 
 
 class Weighter(Readings):
@@ -43,8 +48,12 @@ class Weighter(Readings):
             named: ``{task: ("decoder", "memory")}``. None where the model's forward calls ``branch`` itself, or where
             the method needs losses only.
         model: Where dotted names are looked up, wrapped or not.
-        shared_layer: An ``nn.Linear`` (or its name) whose output is the branch point. Gradients are then taken at its
-            weight, as GradNorm's paper does; this adds K·|W| numbers to the all-reduce.
+        shared_layer: A Linear, a convolution or transformers' ``Conv1D`` (or its name) whose output is the branch
+            point. Gradients are then taken at its weight, as GradNorm's paper does; this adds K·|W| numbers to the
+            all-reduce.
+        cosines: Whether inner products of gradients are measured where the method needs norms alone. They wait for
+            each other then, which takes (K-1)·|z| of memory. None: where z is small, or compiled, or branched by
+            ``branch``; ``statistics.gram`` is None elsewhere.
         initial_weights: ``{task: weight}``, positive; tasks that are not named start where the method starts them.
         lag: 1: the weights of a step come from the steps before it. 0: from this very step.
         update_every: Statistics are taken and weights updated at every n-th optimizer step only.
@@ -76,7 +85,8 @@ class Weighter(Readings):
         accelerator: Accelerator | None = None,
         heads: Mapping[str, HeadSpec] | None = None,
         model: nn.Module | None = None,
-        shared_layer: nn.Linear | str | None = None,
+        shared_layer: nn.Module | str | None = None,
+        cosines: bool | None = None,
         initial_weights: Mapping[str, float] | None = None,
         lag: int = 1,
         update_every: int = 1,
@@ -101,14 +111,14 @@ class Weighter(Readings):
         processes = Processes(accelerator, process_group)
 
         rotates = "moments" in method.needs
-        layer = None if shared_layer is None else find_layer(shared_layer, model)
+        layer = None if shared_layer is None else SharedLayer(shared_layer, model)
         if layer is not None:
             checks.shared_layer_goes_with(repr(method), rotates, self.lag)
         found = None
         if heads is not None:
             checks.heads(heads, self.tasks, model)
             found = Heads(self.tasks, heads, model)
-        layout = Layout(len(self.tasks), None if layer is None else (layer.out_features, layer.in_features))
+        layout = Layout(len(self.tasks), None if layer is None else layer.layer.matrix)
         self._verdict = Verdict(
             method, self.tasks, self._settings(caps, layout), processes, self._has_scaler, self._why_missed
         )
@@ -117,9 +127,10 @@ class Weighter(Readings):
         self._branch = Branch(
             self.tasks,
             found,
-            None if shared_layer is None else lambda: find_layer(shared_layer, model),
+            layer,
             self._rotations,
             passes=lambda: method.acts_on == "losses" and not self._measuring,
+            tap_above=self._tap_above(checks.yes_no_or_none("cosines", cosines), layer),
             needs_gradients=bool(method.needs & GRADIENTS),
             warn_once=self._verdict.warn_once,
         )
@@ -294,6 +305,13 @@ class Weighter(Readings):
     def _resumed_settings(self, layout: Layout) -> dict[str, Any]:
         """Those that a checkpoint has to agree in; the others are bounds."""
         return {"lag": self.lag, "update_every": self.update_every, "shared_layer": layout.matrices}
+
+    def _tap_above(self, cosines: bool | None, layer: SharedLayer | None) -> float:
+        """Elements of all gradients together from which on each is measured alone, where norms are enough."""
+        alone = self.method.acts_on == "losses" and not self.method.needs & {"gram", "moments"} and self.lag == 1
+        if cosines or not alone or layer is not None:
+            return np.inf
+        return 0 if cosines is False else WAITING
 
     def _has_scaler(self) -> bool:
         """Under a loss scale an overflow of gradients is the scaler's business."""
