@@ -359,7 +359,9 @@ class Branch:
             micro_batch.shared_weights = micro_batch.decide(zeros, arrived)
         if arrived and (micro_batch.record or micro_batch.decide is not None):
             with torch.no_grad():
-                here = [[g if k in arrived else None for k, g in enumerate(tensor)] for tensor in rows]
+                here: Sequence[measure.Rows] = rows  # of which a stack may be there already
+                if arrived != came:
+                    here = [[g if k in arrived else None for k, g in enumerate(tensor)] for tensor in rows]
                 self._measure(micro_batch, arrived, here, inputs, mask)
         return micro_batch.shared_weights
 

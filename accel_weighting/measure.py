@@ -70,10 +70,10 @@ def weighted_sum(rows: Rows, weights: Tensor | None = None) -> Tensor | None:
     if w is not None:
         total = total * w[k]
     for n, (j, g) in enumerate(others):
-        if w is None and not n:
-            total = total + g  # fresh, so that nothing was copied before
-        else:
-            total = total.add_(g) if w is None else total.addcmul_(g, w[j])
+        if w is not None:
+            total = total.addcmul_(g, w[j])
+            continue
+        total = total.add_(g) if n else total + g  # the first sum is fresh, so that nothing was copied before
     return total
 
 
