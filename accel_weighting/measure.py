@@ -123,13 +123,15 @@ def _gram_in_pieces(rows: Sequence[Tensor]) -> Tensor:
     scales = None if on_cpu else _scales(rows)
     sums: list[Tensor] = []
     total: Tensor | None = None
+    factors = None if scales is None else scales.to(rows[0].dtype).unsqueeze(1)
     for part in in_pieces(rows, size):
         V = torch.stack(list(part)).flatten(1)
         if on_cpu:
             products = _checked(V)
             total = products if total is None else total.add_(products)
         else:
-            sums += _products(V if scales is None else V.mul_(scales[:, None].to(V.dtype)))
+            sums += _products(V if factors is None else V.mul_(factors))
+        del V  # before the next is made
     if total is not None:
         return total
     total = _added_up(sums)
@@ -160,10 +162,10 @@ def _products(V: Tensor) -> list[Tensor]:
     whole = n // BLOCK * BLOCK
     parts = []
     if whole:
-        W = V[:, :whole].view(len(V), -1, BLOCK)
+        W = V.narrow(1, 0, whole).view(len(V), -1, BLOCK)
         parts.append(_bmm(W.transpose(0, 1)))
     if whole < n:
-        parts.append(_bmm(V[None, :, whole:]))
+        parts.append(_bmm(V.narrow(1, whole, n - whole).unsqueeze(0)))
     return parts
 
 
@@ -209,6 +211,7 @@ def _square_in_pieces(x: Tensor) -> Tensor:
     for (part,) in in_pieces([x], size):
         wider = part.to(dtype).flatten()
         total += wider.dot(wider)
+        del wider  # before the next is made
     return total
 
 
