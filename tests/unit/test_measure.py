@@ -28,7 +28,7 @@ NO_KERNEL |= {"device", "unsqueeze", "_unsafe_view", "view_as_real", "empty", "d
 
 
 def gradients(K: int, N: int, heavy: bool = False, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Rows with much in common, so that no inner product is next to 0; with heavy tails, one entry in 1,000 is large."""
+    """Rows with much in common, so that no inner product is next to 0; or with heavy tails."""
     torch.manual_seed(0)
     common = torch.randn(N)
     rows = []
@@ -158,7 +158,7 @@ def extra_bytes(run: Callable[[], Any]) -> int:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda e: e.start_ns())
-    return max(itertools.accumulate((e.nbytes() for e in events)), default=0)
+    return max(itertools.accumulate(e.nbytes() for e in events), default=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
