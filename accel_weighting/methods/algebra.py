@@ -113,6 +113,7 @@ class GramMethod(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
     acts_on: ClassVar[Literal["losses", "shared"]] = "shared"
+    grows: ClassVar[bool] = True
 
     def solve(self, M: Array) -> Array:
         """The weights ``[K]`` for a Gram matrix ``M``, float64 ``[K, K]``, of mean diagonal 1, no task absent."""

@@ -32,6 +32,7 @@ class MGDA(GramMethod):
     """
 
     keeps_sum: ClassVar[bool] = True
+    grows: ClassVar[bool] = False  # none is above their sum
 
     normalize: Literal["norm"] | None = None
 

@@ -36,12 +36,12 @@ class NashMTL(GramMethod):
         C, n = cosines(M)
         b = bargain(C)
         if b.max() > LIMIT:
-            b = bargain(C + np.eye(len(M)) / LIMIT**2)
+            b = bargain(C + np.eye(len(M)) / LIMIT**2, math.inf)
         return b / n
 
 
-def bargain(C: Array) -> Array:
-    """``b > 0`` with ``Cb = 1/b``, by damped Newton steps; any b with an entry beyond the limit where there is none."""
+def bargain(C: Array, limit: float = 1.5 * LIMIT) -> Array:
+    """``b > 0`` with ``Cb = 1/b``, by damped Newton steps; any b beyond the ``limit`` where there is none."""
     identity = np.eye(len(C))
     b: Array = 1 / np.sqrt(C.diagonal())
     for _ in range(200):
@@ -50,6 +50,6 @@ def bargain(C: Array) -> Array:
         step = -np.linalg.solve(B + identity, gradient)
         decrement = math.sqrt(max(-float(gradient @ step), 0.0))
         b = b * (1 + (step if decrement < 0.25 else step / (1 + decrement)))
-        if decrement < 1e-13 or b.max() > 1.5 * LIMIT:
+        if decrement < 1e-13 or b.max() > limit:
             break
     return b

@@ -54,6 +54,10 @@ class _Wrapper(Method):
         return self.method.keeps_sum
 
     @property
+    def grows(self) -> bool:  # type: ignore[override]
+        return self.method.grows
+
+    @property
     def dim(self) -> int:  # type: ignore[override]
         return self.method.dim
 
@@ -78,6 +82,10 @@ class _Wrapper(Method):
             return state | _prefixed(result) if isinstance(result, dict) else result
 
         return forwarded
+
+    def measures(self, tasks: Sequence[str]) -> Sequence[str]:
+        """Those whose gradients the method needs."""
+        return self.method.measures(tasks)
 
     def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
         """The method's initial weights."""
