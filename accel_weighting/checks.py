@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import numbers
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -85,6 +86,17 @@ def at_least(argument: str, value: Any, low: int) -> int:
             f"Parameter `{argument}` must be an integer of at least {low}. Found `{argument} = {value!r}`."
         )
     return int(value)
+
+
+def more_than(argument: str, value: Any, low: int) -> float | None:
+    """A finite number above ``low``, or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low < float(value) < math.inf:
+        raise ValueError(
+            f"Parameter `{argument}` must be None or a finite number above {low}. Found `{argument} = {value!r}`."
+        )
+    return float(value)
 
 
 def lag(value: Any, needs: frozenset[str], acts_on: str, method: str) -> int:

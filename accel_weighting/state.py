@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .growth import Growth
 from .history import History
 from .statistics import Method, State, Statistics
 
@@ -30,6 +31,7 @@ class WeighterState:
         method: The weighting method.
         tasks: Task names.
         initial_weights: ``{task: weight}``, or None.
+        growth: Bounds the weights that are applied; the method's own state knows nothing of it. None: no bound.
 
     Attributes:
         step: Optimizer steps taken.
@@ -45,7 +47,13 @@ class WeighterState:
         TypeError: The method is written with tensors, as methods were before version 0.1.
     """
 
-    def __init__(self, method: Method, tasks: Sequence[str], initial_weights: Mapping[str, float] | None) -> None:
+    def __init__(
+        self,
+        method: Method,
+        tasks: Sequence[str],
+        initial_weights: Mapping[str, float] | None,
+        growth: Growth | None = None,
+    ) -> None:
         self._method, self._tasks, self._initial_weights = method, tuple(tasks), initial_weights
         self.step = self.consecutive_skipped = self.total_skipped = 0
         self.frozen = False
@@ -54,7 +62,7 @@ class WeighterState:
         self.statistics: Statistics | None = None
         self._weight_sum = np.zeros(len(self._tasks))
         self._weight_steps = 0
-        self.history = History(tasks)
+        self.history, self.growth = History(tasks), growth
 
     def update(self, statistics: Statistics) -> None:
         """The method's update.
@@ -65,6 +73,8 @@ class WeighterState:
         weights, method_state = self._method.update(self.method_state, statistics)
         if not np.isfinite(weights).all():
             raise _weights_not_finite(self._method, weights, statistics.step)
+        if self.growth is not None and self._method.settled(method_state):
+            weights = self.growth.bound(weights, self.weights, statistics)
         self.weights, self.method_state, self.statistics = weights, method_state, statistics
         self.consecutive_skipped = 0
 
@@ -101,7 +111,8 @@ class WeighterState:
         """Of the weights and the method's state, to the last bit; rotations are on the device and left out."""
         state = self.method_state
         values = [state[name].tobytes() for name in sorted(state) if _last(name) != "rotations"]
-        return hashlib.blake2b(b"".join((self.weights.tobytes(), *values))).digest()
+        growth = b"" if self.growth is None else self.growth.digest()
+        return hashlib.blake2b(b"".join((self.weights.tobytes(), *values, growth))).digest()
 
     def replace_rotations(self, new: Tensor) -> None:
         """The same rotations on another device or in another precision."""
@@ -129,6 +140,7 @@ class WeighterState:
             "held": self.consecutive_skipped,
             "skipped": self.total_skipped,
             "frozen": self.frozen,
+            **({} if self.growth is None else {"growth": self.growth.state_dict()}),
             "record": self.history.state_dict(),
         }
 
@@ -149,9 +161,13 @@ class WeighterState:
         if not differences:
             self.weights, self.method_state = weights, old_state
             self._weight_sum, self._weight_steps = weight_sum, saved["weight_steps"]
+            if self.growth is not None:
+                self.growth.load_state_dict(saved.get("growth"), range(len(weights)))
             return
         rows = [saved["tasks"].index(task) if task in saved["tasks"] else None for task in self._tasks]
         self._take_over(saved, rows, weights, weight_sum, old_state)
+        if self.growth is not None:  # another method's weights are no measure
+            self.growth.load_state_dict(None if "method" in differences else saved.get("growth"), rows)
 
     def _take_over(
         self,

@@ -155,6 +155,10 @@ class Method:
         """Those of the ``tasks`` whose gradients the method needs, where it needs any; the others need no branch."""
         return tasks
 
+    def settled(self, state: State) -> bool:
+        """Whether the weights are the method's own by now, and not initial ones that it holds for some updates."""
+        return True
+
     def weigh(self, state: State, statistics: Statistics) -> NDArray[np.float64]:
         """Weights for these very statistics, with the state left as it is: what ``lag=0`` applies."""
         return self.update(state, statistics)[0]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import checks, errors
 from .branch import Branch
+from .growth import Growth
 from .heads import Heads, HeadSpec
 from .losses import Given, Losses, NumItems, OnDevice
 from .modules import find_layer, heads_by_task
@@ -50,6 +51,9 @@ class Weighter(Readings):
         update_every: Statistics are taken and weights updated at every n-th optimizer step only.
         update_after: As frozen until so many optimizer steps are over.
         max_losses: ``{task: float}``: a loss above it is scaled down to it, gradient included.
+        max_growth: With ``lag=1``, for methods whose weights are ratios of norms or come from the Gram matrix: a weight
+            may be at most so many times the running geometric mean of those applied before (over about 20 windows), so
+            that a task that was nearly silent in one window does not dominate the next. None: no bound.
         max_skipped_steps: How many steps in a row may be held for losses or gradients that are not finite.
         process_group: Over which statistics are summed. None: data-parallel × context-parallel.
 
@@ -82,6 +86,7 @@ class Weighter(Readings):
         update_every: int = 1,
         update_after: int = 0,
         max_losses: Mapping[str, float] | None = None,
+        max_growth: float | None = 2.0,
         max_skipped_steps: int = 10,
         process_group: Any = None,
     ) -> None:
@@ -95,7 +100,9 @@ class Weighter(Readings):
         caps = checks.positive_by_task("max_losses", max_losses, self.tasks)
         start = checks.positive_by_task("initial_weights", initial_weights, self.tasks)
         self._caps = np.array([caps.get(task, np.inf) for task in self.tasks]) if caps else None
-        self._state = WeighterState(method, self.tasks, start or None)
+        self.max_growth = checks.more_than("max_growth", max_growth, 1)
+        growth = Growth(len(self.tasks), self.max_growth) if self.max_growth and method.grows and lag else None
+        self._state = WeighterState(method, self.tasks, start or None, growth)
         if accelerator is not None:
             checks.uneven_inputs(accelerator)
         processes = Processes(accelerator, process_group)
@@ -288,6 +295,7 @@ class Weighter(Readings):
             **self._resumed_settings(layout),
             "update_after": self.update_after,
             "max_losses": caps,
+            "max_growth": self.max_growth,
             "max_skipped_steps": self.max_skipped_steps,
         }
 

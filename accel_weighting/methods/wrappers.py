@@ -87,6 +87,10 @@ class _Wrapper(Method):
         """Those whose gradients the method needs."""
         return self.method.measures(tasks)
 
+    def settled(self, state: State) -> bool:
+        """Whether the method's are."""
+        return self.method.settled(_inner(state))
+
     def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
         """The method's initial weights."""
         w, inner = self.method.init(tasks, initial_weights)
@@ -217,6 +221,10 @@ class Warmup(_Wrapper):
     """
 
     steps: int = count(least=0)
+
+    def settled(self, state: State) -> bool:
+        """Not while the initial weights are held."""
+        return int(state["updates"]) > self.steps and super().settled(state)
 
     def _changed(self, state: State, w: Array, present: Mask) -> Array:
         old = state["weights"]
