@@ -39,37 +39,39 @@ class Growth:
     by its initial weight. A task that is silent or absent while its weight is at the bound keeps it.
 
     Args:
-        tasks: K.
+        rows: K; 2K where a method has weights on losses that grow too.
         factor: ``max_growth``.
 
     Attributes:
         limited_steps: Updates in which the bound acted.
     """
 
-    def __init__(self, tasks: int, factor: float) -> None:
+    def __init__(self, rows: int, factor: float) -> None:
         self._factor = factor
-        self._begin(tasks)
+        self._begin(rows)
 
-    def _begin(self, tasks: int) -> None:
-        self._log_mean = np.zeros(tasks)
-        self._count = np.zeros(tasks)
-        self._limited = np.zeros(tasks, np.bool_)
+    def _begin(self, rows: int) -> None:
+        self._log_mean = np.zeros(rows)
+        self._count = np.zeros(rows)
+        self._limited = np.zeros(rows, np.bool_)
         self.limited_steps = 0
 
     def bound(self, weights: Vector, before: Vector, statistics: Statistics) -> Vector:
         """The weights to apply where the method answers ``weights``: the same array unless the bound acts.
 
         Args:
-            weights: The method's answer to this window, ``[K]``.
-            before: What was applied until now, ``[K]``.
+            weights: The method's answer to this window, ``[K]``; or ``[2K]``, where weights on losses come after them.
+            before: What was applied until now, of the same shape.
             statistics: The window.
         """
         size, applied = np.abs(weights), weights
-        silent = ~statistics.present
-        highest = np.where(self._count > 0, self._factor * np.exp(self._log_mean), np.inf)
-        over = (size > highest) & statistics.present
+        present, silent = statistics.present, ~statistics.present
         if statistics.norms is not None:
             silent = silent | (statistics.norms == 0)
+        if len(weights) > len(present):
+            present, silent = np.tile(present, 2), np.tile(silent, 2)
+        highest = np.where(self._count > 0, self._factor * np.exp(self._log_mean), np.inf)
+        over = (size > highest) & present
         held = self._limited & silent & (size > np.abs(before))
         limited = over | held
         if np.count_nonzero(limited):

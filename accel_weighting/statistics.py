@@ -26,8 +26,9 @@ State = dict[str, NDArray[Any]]
 """What a method keeps between two updates: a flat dictionary of NumPy arrays, in float64 unless they count.
 
 Task k's share of an entry is its row k; what has nothing to do with single tasks is an array without dimensions, or
-``[1, ...]``. ``"fixed"`` is what follows from the hyperparameters alone: no checkpoint of others changes it. The one
-entry that is a torch tensor, on the device, is the ``"rotations"`` of a rotating method.
+``[1, ...]``. ``"fixed"`` is what follows from the hyperparameters alone, weights included, and ``"settings"`` what
+does so and leaves weights to move: no checkpoint of others changes them. The one entry that is a torch tensor, on the
+device, is the ``"rotations"`` of a rotating method.
 """
 
 InitialWeights = Mapping[str, float] | Sequence[float] | NDArray[Any] | Tensor | None
@@ -87,7 +88,7 @@ class Method:
     float64, with m at most the width, unless the state has it. From then on that entry is on the device of z, and
     ``update`` finds ``statistics.moments`` beside it. ``dim``, ``size`` and ``cooperative`` say what is rotated
     and measured, and have defaults. A method that acts on the shared path and divides the losses by something keeps
-    those factors, ``[K]``, as ``"loss_weights"`` in its state.
+    those factors, ``[K]``, as ``"loss_weights"`` in its state (``loss_weights_grow``: they follow the losses).
 
     Attributes:
         needs: Which statistics ``update`` reads, out of ``"losses"``, ``"norms"``, ``"gram"``, ``"moments"``.
@@ -131,6 +132,7 @@ class Method:
     acts_on: ClassVar[Literal["losses", "shared"]] = "losses"
     keeps_sum: ClassVar[bool] = False
     grows: ClassVar[bool] = False
+    loss_weights_grow: ClassVar[bool] = False
 
     dim: int = -1
     size: int | None = None

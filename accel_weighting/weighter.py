@@ -101,7 +101,8 @@ class Weighter(Readings):
         start = checks.positive_by_task("initial_weights", initial_weights, self.tasks)
         self._caps = np.array([caps.get(task, np.inf) for task in self.tasks]) if caps else None
         self.max_growth = checks.more_than("max_growth", max_growth, 1)
-        growth = Growth(len(self.tasks), self.max_growth) if self.max_growth and method.grows and lag else None
+        rows = len(self.tasks) * (1 + method.loss_weights_grow)
+        growth = Growth(rows, self.max_growth) if self.max_growth and method.grows and lag else None
         self._state = WeighterState(method, self.tasks, start or None, growth)
         if accelerator is not None:
             checks.uneven_inputs(accelerator)
@@ -219,7 +220,7 @@ class Weighter(Readings):
         """The weighted sum of the losses ``v``, ``[K]``; for ``lag=0`` by the weights of what is ``recorded``."""
         state = self._steps.settled
         if self.method.acts_on == "shared":
-            name, weights = "loss_weights", state.get("loss_weights")
+            name, weights = "loss_weights", state.loss_weights
         elif self.lag == 0 and recorded is not None:
             name, weights = "decided", self._steps.decide(v.detach(), recorded.present, recorded.counts)
         else:

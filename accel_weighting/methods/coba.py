@@ -49,52 +49,42 @@ class CoBa(LossMethod):
     warmup: int = count(100, least=2)
 
     def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
-        """Equal weights; ratios and slopes in rows of N, the latest last, a row of its own for the largest ratio."""
+        """Equal weights; ratios and slopes in rows of N, the latest last; of the largest ratio alike for all."""
         weights, state = super().init(tasks, initial_weights)
-        rows, one = np.zeros((len(tasks), self.window)), np.zeros((1, self.window))
-        return weights, {
-            **state,
-            "ratios": rows,
-            "slopes": rows,
-            "worst": one,
-            "worst_slopes": one,
-            "updates": one[:, 0],
-        }
+        history = dict.fromkeys(("ratios", "slopes", "worst_slopes"), np.zeros((len(tasks), self.window)))
+        return weights, {**state, **history}
 
     def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """Takes the losses in, fits the lines, and mixes the scores."""
         L, on = statistics.losses, statistics.present & (statistics.losses > TINY)
-        if not on.any():
-            return state["weights"], state
-        N, seen = self.window, state["count"] + on
+        seen = state["count"] + on
         initial = np.where(on & (state["count"] == 0), L, state["initial"])
         ratios = _append(state["ratios"], L / np.where(on, initial, 1.0), on)
-        everyone, updates = np.ones(1, np.bool_), state["updates"] + 1
-        worst = _append(state["worst"], np.max(ratios[seen > 0, -1], keepdims=True), everyone)
-        state = {**state, "count": seen, "initial": initial, "ratios": ratios, "worst": worst, "updates": updates}
-
+        state = {**state, "count": seen, "initial": initial, "ratios": ratios}
         ready = on & (seen >= self.warmup)
         if not ready.any():
             return state["weights"], state
+
+        N, longest = self.window, int(seen.argmax())
         slopes = _append(state["slopes"], _slopes(ratios, seen), ready)
-        worst_slopes = _append(state["worst_slopes"], _slopes(worst, updates), everyone)
-        state |= {"slopes": slopes, "worst_slopes": worst_slopes}
+        worst_slope = _slopes(ratios.max(0, keepdims=True), seen[longest : longest + 1])
+        worst = _append(np.tile(state["worst_slopes"][longest], (len(on), 1)), worst_slope, on | ~on)
+        state |= {"slopes": slopes, "worst_slopes": worst}
 
         slope = np.where(ready, slopes[:, -1], 0.0)
         length = np.minimum(seen - self.warmup + 1, N)  # slopes that there are
         rcs = softmax(np.count_nonzero(ready) * _part(slope, np.abs(slope).sum()), ready)
         acs = softmax(-length * _part(slope, np.abs(slopes).sum(1)), ready)
-        past = np.abs(worst_slopes[0]).sum()
-        kept = np.arange(N) >= N - min(float(updates[0]) - self.warmup + 1, N)
-        steps = np.count_nonzero(kept)
-        df = min(1.0, steps * float(softmax(-self.tau * steps * _part(worst_slopes[0], past), kept)[-1]))
+        steps = int(length[longest])
+        recent = _part(worst[0], np.abs(worst[0]).sum())
+        df = min(1.0, steps * float(softmax(-self.tau * steps * recent, np.arange(N) >= N - steps)[-1]))
         state["weights"] = share(state["weights"], df * rcs + (1 - df) * acs, ready)
         return state["weights"], state
 
 
 def _append(rows: Array, values: Array, where: Mask) -> Array:
     """``values`` at the end of their rows, the first entry of which goes."""
-    moved = np.concatenate([rows[:, 1:], values[:, None]], 1)
+    moved = np.concatenate([rows[:, 1:], np.broadcast_to(values, len(rows))[:, None]], 1)
     return np.where(where[:, None], moved, rows)
 
 

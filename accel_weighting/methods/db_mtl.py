@@ -29,6 +29,7 @@ class DBMTL(LossMethod):
     needs: ClassVar[frozenset[str]] = frozenset({"norms", "losses"})
     acts_on: ClassVar[Literal["losses", "shared"]] = "shared"
     grows: ClassVar[bool] = True
+    loss_weights_grow: ClassVar[bool] = True
 
     def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
         """Weights 1 unless ``initial_weights`` say otherwise, on losses as they are until the first are known."""

@@ -44,11 +44,11 @@ class CosineGate(Method):
         check_tasks(self, tasks)
         is_primary = np.array([task == self.primary for task in tasks])
         weights = np.where(is_primary, 1.0, initial_vector(tasks, initial_weights))
-        return weights, {"weights": weights, "primary": is_primary}
+        return weights, {"weights": weights, "settings": is_primary}
 
     def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """The gate for this window's cosines."""
-        w, M, is_primary = state["weights"], statistics.gram, state["primary"]
+        w, M, is_primary = state["weights"], statistics.gram, state["settings"]
         assert M is not None
         on, inner = with_gradients(statistics), M[is_primary][0]
         if not on[is_primary].all():

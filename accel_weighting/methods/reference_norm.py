@@ -71,15 +71,16 @@ class ReferenceNorm(Method):
         ratios = initial_vector(tasks, given) if isinstance(given, Mapping) else np.full(len(tasks), float(given))
         is_reference = np.array([task == self.reference for task in tasks])
         weights = np.where(is_reference, 1.0, initial_vector(tasks, initial_weights))
-        return weights, {"weights": weights, "ratios": ratios, "reference": is_reference}
+        return weights, {"weights": weights, "settings": np.stack([is_reference, ratios], 1)}
 
     def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """``d λ_k + (1 − d) ρ_k n_ref / (n_k + ε)``, within its bounds."""
-        w, n, is_reference = state["weights"], statistics.norms, state["reference"]
+        w, n = state["weights"], statistics.norms
+        is_reference, ratios = state["settings"][:, 0] > 0, state["settings"][:, 1]
         assert n is not None
         n_ref = float(n[is_reference][0])
         if n_ref > 0 and statistics.present[is_reference].all():
-            new = np.minimum(np.maximum(state["ratios"] * n_ref / (n + self.eps), FLOOR), self.max_ratio)
+            new = np.minimum(np.maximum(ratios * n_ref / (n + self.eps), FLOOR), self.max_ratio)
             moving = statistics.present & (n > 0) & ~is_reference
             w = np.where(moving, lerp(w, new, 1 - self.decay), w)
         return w, {**state, "weights": w}

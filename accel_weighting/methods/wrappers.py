@@ -58,6 +58,10 @@ class _Wrapper(Method):
         return self.method.grows
 
     @property
+    def loss_weights_grow(self) -> bool:  # type: ignore[override]
+        return self.method.loss_weights_grow
+
+    @property
     def dim(self) -> int:  # type: ignore[override]
         return self.method.dim
 

@@ -22,8 +22,8 @@ def test_a_checkpoint_goes_on_under_another_order_of_the_tasks(row, run, seed):
     after = WeighterState(row.build(run.tasks), [run.tasks[k] for k in order], None)
     after.load_state_dict(before.state_dict(), strict=False)
     close(row, [after.weights], [np.asarray(before.weights)[order]])
-    for name, value in after.state.items():
-        assert value.shape == before.state[name].shape
+    for name, value in after.method_state.items():
+        assert value.shape == before.method_state[name].shape
     if row.equivariant:
         for statistics, permuted in zip(run.windows()[half:], run.at(order).windows()[half:], strict=True):
             before.update(statistics)
