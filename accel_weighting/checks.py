@@ -134,6 +134,17 @@ def at_least(argument: str, value: Any, low: int) -> int:
     return int(value)
 
 
+def more_than(argument: str, value: Any, low: int) -> float | None:
+    """A finite number above ``low``, or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low < float(value) < math.inf:
+        raise ValueError(
+            f"Parameter `{argument}` must be None or a finite number above {low}. Found `{argument} = {value!r}`."
+        )
+    return float(value)
+
+
 def lag(value: Any, needs: frozenset[str], acts_on: str, method: str) -> int:
     """0 or 1, and what a lag of 0 cannot do."""
     if value not in (0, 1):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import checks, errors
@@ -169,8 +170,9 @@ class Loop:
     ) -> Tensor:
         """The weighted sum of the losses ``v``, ``[K]``; for ``lag=0`` by the weights of what is ``recorded``."""
         state = self._steps.settled
+        weights: NDArray[Any] | None
         if self.method.acts_on == "shared":
-            weights = state.get("loss_weights")
+            weights = state.loss_weights
         elif paused:
             weights = state.applied
         elif self.lag == 0 and recorded is not None:
@@ -179,7 +181,7 @@ class Loop:
             weights = state.weights
         w = None if weights is None else self._on_device("losses", weights, v)
         w = self._bounds.capped(w, v.detach(), self._on_device)
-        if torch.is_grad_enabled() and not paused and self.method.acts_on == "losses":
+        if torch.is_grad_enabled() and not paused and weights is not None and self.method.acts_on == "losses":
             state.applied = weights
         total = v.sum() if w is None else v.dot(w)  # which autocast leaves alone
         for loss in extra.values():

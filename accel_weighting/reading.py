@@ -46,10 +46,16 @@ class Readings:
         return self._steps.settled.history.entries
 
     def log_values(self) -> dict[str, float]:
-        """Floats for ``accelerator.log``: weights, and losses, norms and cosines of the last step. No collective."""
+        """Floats for ``accelerator.log``: weights, and losses, norms and cosines of the last step. No collective.
+
+        ``weighting/skipped_steps`` counts the steps whose weights were held, ``weighting/limited_steps`` those in which
+        ``max_growth`` acted.
+        """
         state = self._steps.settled
         weights = {f"weight/{task}": weight for task, weight in self.weights.items()}
         counts = {"weighting/skipped_steps": float(state.total_skipped)}
+        if state.growth is not None:
+            counts["weighting/limited_steps"] = float(state.growth.limited_steps)
         if state.healed:
             counts["weighting/healed_steps"] = float(state.healed)
         return {**weights, **state.history.latest, **state.extras, **counts}

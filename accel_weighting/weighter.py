@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import checks, errors
 from .branch import Branch
+from .growth import growth_of
 from .heads import Heads, HeadSpec
 from .lifetime import Registration, weakly
 from .loop import Loop
@@ -64,6 +65,9 @@ class Weighter(Loop, Readings):
         max_losses: ``{task: float}``: a loss above it is scaled down to it, gradient included.
         min_losses: ``{task: float}``: lower bound of a loss that can be negative; methods see the loss minus its bound,
             gradients are untouched.
+        max_growth: With ``lag=1``, for methods whose weights are ratios of norms or come from the Gram matrix: a weight
+            may be at most so many times the running geometric mean of those applied before (over about 20 windows), so
+            that a task that was nearly silent in one window does not dominate the next. None: no bound.
         max_skipped_steps: How many steps in a row may be held for losses or gradients that are not finite.
         process_group: Over which statistics are summed. None: data-parallel × context-parallel.
 
@@ -98,6 +102,7 @@ class Weighter(Loop, Readings):
         update_after: int = 0,
         max_losses: Mapping[str, float] | None = None,
         min_losses: Mapping[str, float] | None = None,
+        max_growth: float | None = 2.0,
         max_skipped_steps: int = 10,
         process_group: Any = None,
     ) -> None:
@@ -114,7 +119,8 @@ class Weighter(Loop, Readings):
             checks.finite_by_task("min_losses", min_losses, self.tasks),
         )
         start = checks.positive_by_task("initial_weights", initial_weights, self.tasks)
-        self._progress = WeighterState(method, self.tasks, start or None)
+        growth = growth_of(method, self.tasks, checks.more_than("max_growth", max_growth, 1), self.lag)
+        self._progress = WeighterState(method, self.tasks, start or None, growth)
         processes = Processes(accelerator, process_group)
 
         rotates = "moments" in method.needs
@@ -198,6 +204,7 @@ class Weighter(Loop, Readings):
             "max_losses": self._bounds.largest,
             "min_losses": self._bounds.smallest,
             "extra": list(layout.extras),
+            "max_growth": None if self._progress.growth is None else self._progress.growth.factor,
             "max_skipped_steps": self.max_skipped_steps,
         }
 
