@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
@@ -47,7 +48,16 @@ class _Forward:
 
     def aliases(self, z: Tensor) -> Sequence[Tensor] | None:
         """Those of ``z``, or of the tensor that it is a view of; None if it is not known yet."""
-        return next((aliases for known, aliases in self.joined if same(known, z)), None)
+        for known, aliases in self.joined:
+            if same(known, z):
+                return aliases
+        return None
+
+    def alias(self, z: Tensor, k: int) -> Tensor:
+        """Task ``k``'s own of a tensor that is known."""
+        aliases = self.aliases(z)
+        assert aliases is not None
+        return aliases[k]
 
 
 class _Pass:
@@ -76,6 +86,10 @@ class Branch:
     Attributes:
         called: Tasks whose head was called in this forward.
         fed: Tasks whose head, or alias, had a history to send gradients back to.
+        reads: The shapes of what each task shares, as its gradients came first.
+        key: By which its joins are known in autograd's graph.
+        attached: How often heads were hooked.
+        parametrized: Nodes of parameters that were computed once in this forward, for several uses.
     """
 
     def __init__(
@@ -100,7 +114,10 @@ class Branch:
         self._layer: tuple[Tensor, Tensor] | None = None
         self._outputs: dict[int, Any] = {}
         self._handles: list[RemovableHandle] = []
-        self._key = register(self)
+        self.reads: dict[int, tuple[torch.Size, ...]] = {}
+        self.parametrized: set[Any] = set()
+        self.attached = 0
+        self.key = register(self)
 
     def __deepcopy__(self, memo: Any) -> Branch:
         """Returns self: a copied model (an average, a teacher) keeps using this branch and its current rotations."""
@@ -111,6 +128,7 @@ class Branch:
     def attach(self) -> None:
         """Hooks the heads and the shared layer."""
         self.detach()
+        self.attached += 1
         if self._find_shared_layer is not None:
             self._handles.append(self._find_shared_layer().register_forward_hook(self._after_layer))
         if self.heads is not None:
@@ -138,6 +156,7 @@ class Branch:
         """Drops what the last forward left: the open join and the heads' outputs."""
         self._forward = self._layer = None
         self._outputs.clear()
+        self.parametrized = set()
         self.called, self.fed = set(), set()
 
     def before_head(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -215,7 +234,7 @@ class Branch:
         if self.rotations is None:
             return z
         if torch.compiler.is_compiling():
-            R = torch.ops.accel_weighting.rotation(z.detach(), self._key, k)
+            R = torch.ops.accel_weighting.rotation(z.detach(), self.key, k)
         else:
             R = self.rotations.matrices(z)[k]
         return self.rotations.rotated(z, R)
@@ -241,8 +260,10 @@ class Branch:
             inputs, self._layer = self._layer[0], None
         elif self.rotations is not None and self.rotations.cooperative:
             inputs = zs[0].detach()
+        if not torch.compiler.is_compiling() and parametrize._cache_enabled:
+            self.parametrized.update(w.grad_fn for w in parametrize._cache.values() if isinstance(w, Tensor))
         flat: tuple[Tensor, ...]
-        flat = Join.apply(inputs, mask, self._key, K, *with_graph)  # type: ignore[no-untyped-call]
+        flat = Join.apply(inputs, mask, self.key, K, *with_graph)  # type: ignore[no-untyped-call]
         aliases = {id(z): flat[t * K : (t + 1) * K] for t, z in enumerate(with_graph)}
         return [aliases.get(id(z), whole) for z, whole in zip(zs, undivided, strict=True)]
 
@@ -260,14 +281,14 @@ class Branch:
         missing = [z for z in zs if forward.aliases(z) is None]
         if missing and k in forward.taken:  # its head again, on something new: the next forward
             forward, missing = _Forward(graph_task), list(zs)
-        missing = [z for i, z in enumerate(missing) if not any(same(z, other) for other in missing[:i])]
         if missing:
+            missing = _distinct(missing)
             forward.joined += zip(missing, self._join(missing), strict=True)
         forward.taken.add(k)
         self._forward = forward
         if len(forward.taken) == len(self.tasks) and torch.compiler.is_compiling():
             self._forward = None  # what is left behind would be a second graph
-        return [self._rotated(aliases[k], k) for z in zs if (aliases := forward.aliases(z)) is not None]
+        return [self._rotated(forward.alias(z, k), k) for z in zs]
 
     # ---- backward ----------------------------------------------------------------------------------------------
 
@@ -337,7 +358,10 @@ class Branch:
             raise errors.second_join_of_a_step()
         if arrived or not micro_batch.present:
             firsts = (next((g for g in tensor if g is not None), None) for tensor in rows)
-            micro_batch.collected.append((tuple(first.shape for first in firsts if first is not None), arrived))
+            shapes = tuple([first.shape for first in firsts if first is not None])
+            micro_batch.collected.append((shapes, arrived))
+            if len(self.reads) < len(self.tasks):
+                self.reads.update((k, shapes) for k in arrived if k not in self.reads)
         if micro_batch.record:
             micro_batch.window.arrived |= arrived
         if micro_batch.decide is not None and not micro_batch.present:
@@ -377,6 +401,15 @@ class Branch:
             window.add("gradients", gram)
             if self.rotations is not None:
                 window.add("moments", self.rotations.cross_products(rows[0], c, inputs))
+
+
+def _distinct(zs: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor once."""
+    found: list[Tensor] = []
+    for z in zs:
+        if not any(same(z, other) for other in found):
+            found.append(z)
+    return found
 
 
 # ---- structures of tensors ---------------------------------------------------------------------------------------

@@ -146,6 +146,18 @@ class Heads:
                 raise errors.model_is_gone()
         return heads_by_task(self.tasks, found, model)
 
+    def check_apart(self) -> None:
+        """No head is a part of another.
+
+        Raises:
+            ValueError: One is.
+        """
+        tasks = {id(module): task for task, module in zip(self.tasks, self.find(), strict=True)}
+        for task, module in zip(self.tasks, self.find(), strict=True):
+            for part in module.modules():
+                if part is not module and id(part) in tasks:
+                    raise errors.head_inside_a_head(task, tasks[id(part)])
+
     def are_in(self, models: Iterable[nn.Module]) -> bool:
         """Whether all heads are parts of these models."""
         parts = {id(module) for model in models for module in model.modules()}

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .audit import Audit
+from .branch import Branch
 from .rotations import Rotations, no_rotations
 from .statistics import Method, Statistics
 from .steps import Steps
@@ -19,6 +21,8 @@ class Readings:
     method: Method
     _steps: Steps
     _rotations: Rotations | None
+    _branch: Branch
+    _audit: Audit | None = None
 
     def __repr__(self) -> str:
         weights = ", ".join(f"{task}={weight:.4g}" for task, weight in self.weights.items())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, errors
+from .audit import Audit, probing_is_forbidden
 from .branch import Branch
 from .heads import Heads, HeadSpec
 from .losses import Given, Losses, NumItems, OnDevice
@@ -108,6 +109,8 @@ class Weighter(Readings):
         if heads is not None:
             checks.heads(heads, self.tasks, model)
             found = Heads(self.tasks, heads, model)
+            if method.needs & GRADIENTS:
+                found.check_apart()
         layout = Layout(len(self.tasks), None if layer is None else (layer.out_features, layer.in_features))
         self._verdict = Verdict(
             method, self.tasks, self._settings(caps, layout), processes, self._has_scaler, self._why_missed
@@ -126,6 +129,9 @@ class Weighter(Readings):
         self._branch.attach()
         if found is not None and accelerator is not None and not found.are_in(accelerator._models):
             found.attach_again_at_first_forward(self._branch, lambda: bool(accelerator._models))
+        if method.needs & GRADIENTS:
+            acts = method.acts_on == "shared"
+            self._audit = Audit(self.tasks, repr(method), acts, self._verdict.warn_once, self._why_no_probe)
         self._window = Window(layout)
         self._on_device = OnDevice()
         if accelerator is not None:
@@ -190,8 +196,10 @@ class Weighter(Readings):
         v = given.vector(self.tasks, self._branch.head_outputs)
         self._window.called |= self._branch.called
         self._window.fed |= self._branch.fed
-        self._branch.forget()
         micro_batch = MicroBatch(given.present, self._window, record=self._measuring and not freeze)
+        if self._audit is not None and micro_batch.record:
+            self._audit.look(given.named, given.present, self._branch)
+        self._branch.forget()
         total = self._total(v, given if micro_batch.record else None)
         self._enter(micro_batch, given, v.detach(), freeze)
         if micro_batch.record or self.method.acts_on == "shared":
@@ -299,6 +307,13 @@ class Weighter(Readings):
         """Under a loss scale an overflow of gradients is the scaler's business."""
         accelerator = self.accelerator
         return accelerator is not None and (accelerator.scaler is not None or accelerator.mixed_precision == "fp16")
+
+    def _why_no_probe(self) -> str | None:
+        """The engine under which a gradient cannot be asked for beside the one backward."""
+        accelerator = self.accelerator
+        if accelerator is None:
+            return None
+        return probing_is_forbidden(accelerator._models, "DEEPSPEED" in str(accelerator.distributed_type))
 
     def _why_missed(self, missed: Sequence[str], window: Window) -> RuntimeError:
         """The error for tasks of which no gradient came to the branch point."""
