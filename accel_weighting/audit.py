@@ -137,8 +137,10 @@ class Audit:
     def _ask(self, walk: _Walk, k: int, loss: Tensor, foreign: Sequence[int], found: Findings) -> None:
         """Whether the gradient of loss ``k`` at foreign aliases is more than 0."""
         name = self._tasks.__getitem__
-        if (walk.forbids or self._forbids()) is not None:
-            found.suspected.extend((name(k), name(j)) for j in foreign)
+        if (engine := walk.forbids or self._forbids()) is not None:
+            pairs = [(name(k), name(j)) for j in foreign]
+            found.suspected.extend(pairs)
+            self._warn_once("cross-talk", errors.suspected_cross_talk(self._method, pairs, engine))
             return
         for j in _touched(loss, {j: walk.edges(j) for j in foreign}):
             found.crossed.append((name(k), name(j)))
@@ -146,9 +148,6 @@ class Audit:
     def _say(self, found: Findings) -> None:
         if found.crossed:
             raise errors.cross_talk(self._method, found.crossed)
-        if found.suspected:
-            why = self._forbids() or "its engine"
-            self._warn_once("cross-talk", errors.suspected_cross_talk(self._method, found.suspected, why))
         if found.passed_by:
             self._warn_once("by-pass", errors.by_pass(self._method, found.passed_by, self._shared))
         if found.apart:
