@@ -146,6 +146,13 @@ class Heads:
                 raise errors.model_is_gone()
         return heads_by_task(self.tasks, found, model)
 
+    @property
+    def labels(self) -> list[str]:
+        """What to call each head: its name in the model, or its class."""
+        modules = (ref() for ref in self._modules)
+        pairs = zip(self._names, modules, strict=True)
+        return [name or ("gone" if module is None else type(module).__name__) for name, module in pairs]
+
     def check_apart(self) -> None:
         """No head is a part of another.
 

@@ -1,4 +1,4 @@
-"""The audit under engines: their own nodes raise no alarm, and cross-talk is confirmed where they let it be asked for."""
+"""The audit under engines: their own nodes raise no alarm, and cross-talk is confirmed where it can be asked for."""
 
 from __future__ import annotations
 
