@@ -279,7 +279,7 @@ class _Walk:
     def _open(self, place: Place) -> None:
         node = place[0]
         name = node.name()
-        if name == "JoinBackward" and node.key == self._key:
+        if name.endswith("JoinBackward") and node.key == self._key:
             self.joins[node] = None
         elif OPAQUE.fullmatch(name):
             self._hidden[place] = name.removesuffix("Backward")
@@ -409,10 +409,10 @@ class _Walk:
 
 
 def _place(node: Node, output: int) -> Place:
-    return node, output if node.name() in _BY_OUTPUT else 0
+    return node, output if node.name().endswith(_BY_OUTPUT) else 0
 
 
-_BY_OUTPUT = {"JoinBackward", "_DDPSinkBackward", "UnbindBackward0"}
+_BY_OUTPUT = ("JoinBackward", "_DDPSinkBackward", "UnbindBackward0")
 """Nodes whose outputs are told apart."""
 
 
@@ -420,7 +420,7 @@ def _children(place: Place, name: str) -> list[Place]:
     """Where a node sends gradients to."""
     node, output = place
     edges = node.next_functions
-    if name == "JoinBackward":
+    if name.endswith("JoinBackward"):
         edges = edges[-node.tensors :]
     elif name == "_DDPSinkBackward":
         edges = edges[output : output + 1]

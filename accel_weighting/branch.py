@@ -8,29 +8,37 @@ are measured, and their sum goes on to the trunk. What arrives at the vector of 
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from . import errors, measure
 from .heads import Call, Heads
-from .join import Gradients, Join, has_history, register, same
+from .join import Gradients, has_history, join_of, register, same
 from .rotations import Rotations
+from .structures import argument, can_be_shared, mapped, tensors
 from .window import MicroBatch
 
 
 def _graph_task() -> int:
     """Which backward is running: a recomputed forward (activation checkpointing) must not meet the next real one."""
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+MANY = 200
+"""Joins without any `combine` after which something is said: the losses go another way."""
+
+
+def _exporting() -> bool:
+    """Whether ``torch.export`` is running; torch before 2.7 does not tell."""
+    return torch.compiler.is_compiling() and getattr(torch.compiler, "is_exporting", lambda: False)()
 
 
 def _in_transform() -> bool:
@@ -116,7 +124,8 @@ class Branch:
         self._handles: list[RemovableHandle] = []
         self.reads: dict[int, tuple[torch.Size, ...]] = {}
         self.parametrized: set[Any] = set()
-        self.attached = 0
+        self.attached = self._joins = 0
+        self._join_of_tasks = join_of(self.tasks)
         self.key = register(self)
 
     def __deepcopy__(self, memo: Any) -> Branch:
@@ -157,6 +166,7 @@ class Branch:
         self._forward = self._layer = None
         self._outputs.clear()
         self.parametrized = set()
+        self._joins = 0
         self.called, self.fed = set(), set()
 
     def before_head(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -165,16 +175,16 @@ class Branch:
             self.called.add(k)
         assert self.heads is not None
         if len(args) == 1 and not kwargs and self.heads.arguments[k] is None and isinstance(args[0], Tensor):
-            if not _can_be_shared(args[0]):
+            if not can_be_shared(args[0]):
                 raise errors.head_without_input(self.tasks[k])
             return (self._alias([args[0]], k)[0],), kwargs
         shared = self._shared(k, module, args, kwargs)
         if not shared:
-            if not any(_can_be_shared(x) for x in _tensors((args, kwargs))):
+            if not any(can_be_shared(x) for x in tensors((args, kwargs))):
                 raise errors.head_without_input(self.tasks[k])
             return args, kwargs
         aliases = dict(zip(map(id, shared), self._alias(shared, k), strict=True))
-        call: Call = _mapped((args, kwargs), lambda x: aliases.get(id(x), x))
+        call: Call = mapped((args, kwargs), lambda x: aliases.get(id(x), x))
         return call
 
     def copied_head(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -182,7 +192,7 @@ class Branch:
         if self.rotations is None:
             return args, kwargs
         shared = self._shared(k, module, args, kwargs)
-        return _mapped((args, kwargs), lambda x: self._rotated(x, k) if any(x is z for z in shared) else x)  # type: ignore[no-any-return]
+        return mapped((args, kwargs), lambda x: self._rotated(x, k) if any(x is z for z in shared) else x)  # type: ignore[no-any-return]
 
     def after_head(self, k: int, output: Any) -> None:
         """What head ``k`` gave, for the path of zeros of a task without samples."""
@@ -197,8 +207,8 @@ class Branch:
         """
         assert self.heads is not None
         name = self.heads.arguments[k]
-        given = (args, kwargs) if name is None else _argument(name, self.tasks[k], module, args, kwargs)
-        found = [x for x in _tensors(given) if _can_be_shared(x)]
+        given = (args, kwargs) if name is None else argument(name, self.tasks[k], module, args, kwargs)
+        found = [x for x in tensors(given) if can_be_shared(x)]
         if self.rotations is not None and name is None and not torch.is_grad_enabled():
             return found[:1]
         if torch.is_grad_enabled():
@@ -219,20 +229,23 @@ class Branch:
         if isinstance(z, Tensor):
             aliases = enumerate(zip(self.tasks, self._join([z], mask)[0], strict=True))
             return {task: self._rotated(alias, k) for k, (task, alias) in aliases}
-        zs = [x for x in _tensors(z) if _can_be_shared(x)]
+        zs = [x for x in tensors(z) if can_be_shared(x)]
         if not zs:
             raise errors.branch_without_tensor(z)
         if self.rotations is not None and len(zs) > 1:
             raise errors.several_tensors_rotated("branch")
         joined = dict(zip(map(id, zs), self._join(zs, mask), strict=True))
-        return {
-            task: _mapped(z, lambda x, k=k: self._rotated(joined[id(x)][k], k) if id(x) in joined else x)
-            for k, task in enumerate(self.tasks)
-        }
+
+        def own(k: int) -> Any:
+            return mapped(z, lambda x: self._rotated(joined[id(x)][k], k) if id(x) in joined else x)
+
+        return {task: own(k) for k, task in enumerate(self.tasks)}
 
     def _rotated(self, z: Tensor, k: int) -> Tensor:
         if self.rotations is None:
             return z
+        if _exporting() or torch._C._get_tracing_state() is not None:
+            raise errors.exported_rotations()
         if torch.compiler.is_compiling():
             R = torch.ops.accel_weighting.rotation(z.detach(), self.key, k)
         else:
@@ -241,7 +254,7 @@ class Branch:
 
     def head_outputs(self, k: int) -> list[Tensor]:
         """What head ``k`` gave in the last forward, tensors with a graph only."""
-        return [o for o in _tensors(self._outputs.get(k)) if o.requires_grad]
+        return [o for o in tensors(self._outputs.get(k)) if o.requires_grad]
 
     def _join(self, zs: Sequence[Tensor], mask: Tensor | None = None) -> list[Sequence[Tensor]]:
         """For every tensor one alias per task."""
@@ -260,12 +273,22 @@ class Branch:
             inputs, self._layer = self._layer[0], None
         elif self.rotations is not None and self.rotations.cooperative:
             inputs = zs[0].detach()
-        if not torch.compiler.is_compiling() and parametrize._cache_enabled:
-            self.parametrized.update(w.grad_fn for w in parametrize._cache.values() if isinstance(w, Tensor))
+        if not torch.compiler.is_compiling():
+            self._before_join()
         flat: tuple[Tensor, ...]
-        flat = Join.apply(inputs, mask, self.key, K, *with_graph)  # type: ignore[no-untyped-call]
+        flat = self._join_of_tasks.apply(inputs, mask, self.key, K, *with_graph)  # type: ignore[no-untyped-call]
         aliases = {id(z): flat[t * K : (t + 1) * K] for t, z in enumerate(with_graph)}
         return [aliases.get(id(z), whole) for z, whole in zip(zs, undivided, strict=True)]
+
+    def _before_join(self) -> None:
+        """What is to be known, or said, of a join that is not compiled."""
+        if torch._C._get_tracing_state() is not None:
+            raise errors.traced()
+        if parametrize._cache_enabled:
+            self.parametrized.update(w.grad_fn for w in parametrize._cache.values() if isinstance(w, Tensor))
+        self._joins += 1
+        if self._joins == MANY:
+            self._warn_once("never combined", errors.never_combined(MANY))
 
     def _alias(self, zs: Sequence[Tensor], k: int) -> list[Tensor]:
         """Head ``k``'s own alias of each tensor, from one join for all that are not divided yet."""
@@ -410,45 +433,3 @@ def _distinct(zs: Sequence[Tensor]) -> list[Tensor]:
         if not any(same(z, other) for other in found):
             found.append(z)
     return found
-
-
-# ---- structures of tensors ---------------------------------------------------------------------------------------
-
-
-def _can_be_shared(x: Any) -> bool:
-    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
-
-
-def _tensors(structure: Any) -> list[Tensor]:
-    """All tensors in lists, tuples, dictionaries, dataclasses and what else torch knows to hold tensors."""
-    found = []
-    for leaf in pytree.tree_leaves(structure):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            found += _tensors(vars(leaf))
-    return found
-
-
-def _mapped(structure: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The same structure with every tensor changed."""
-
-    def leaf(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return change(x)
-        if is_dataclass(x) and not isinstance(x, type) and _tensors(x):
-            return replace(x, **_mapped(dict(vars(x)), change))
-        return x
-
-    return pytree.tree_map(leaf, structure)
-
-
-def _argument(name: str, task: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The argument called ``name`` of a call of a head."""
-    if name in kwargs:
-        return kwargs[name]
-    parameters = list(inspect.signature(module.forward).parameters)
-    if name not in parameters:
-        raise errors.no_such_argument(task, name, parameters)
-    place = parameters.index(name)
-    return args[place] if place < len(args) else None

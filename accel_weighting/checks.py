@@ -193,6 +193,11 @@ def losses_by_task(losses: Any, tasks: Sequence[str]) -> Mapping[str, Tensor]:
     elif hasattr(losses, "_asdict"):
         named = losses._asdict()
     else:
+        if isinstance(losses, Tensor) and losses.ndim == 0 and len(tasks) > 1:
+            raise ValueError(
+                f"Losses must come unsummed, one per task of {list(tasks)!r}: they are weighed one by one. Found one "
+                "number (shape []). What is added as it is comes after: `weighter.combine(losses) + extra`."
+            )
         if isinstance(losses, Tensor) and losses.ndim != 1:
             raise ValueError(
                 f"Losses given as one tensor must have shape [{len(tasks)}], one entry per task. "

@@ -60,7 +60,9 @@ def window_not_closed() -> RuntimeError:
     """The last window was due, and another begins."""
     return RuntimeError(
         "The last window was due and was not closed: call `weighter.step()` after `accelerator.backward` "
-        "(`weighter.backward` does both), or `weighter.reset()` after an exception that every process caught."
+        "(`weighter.backward` does both), or `weighter.reset()` after an exception that every process caught. Or this, "
+        "or the last, `weighter.combine` belongs to an evaluation: that means gradients disabled, `with "
+        "torch.no_grad()`; `model.eval()` alone does not say so."
     )
 
 
@@ -242,6 +244,40 @@ def head_inside_a_head(outer: str, inner: str) -> ValueError:
         f"The head of task `{inner}` is a part of the head of task `{outer}`, so the gradient of loss `{outer}` would "
         f"arrive at the alias of `{inner}`. Call `weighter.branch(z)` in the model's forward instead, give heads that "
         "are apart, or use a method that needs losses only, such as CoVWeighting."
+    )
+
+
+def never_combined(forwards: int) -> str:
+    """Forwards with gradients, and no losses handed to the weighter."""
+    return (
+        f"The heads (or `weighter.branch`) ran {forwards} times with gradients enabled, and no losses came to the "
+        "weighter: nothing is weighed. Replace `accelerator.backward(sum of losses)` by `weighter.backward(losses)`, "
+        "or hand it what `weighter.combine(losses)` returns; run evaluations `with torch.no_grad()`."
+    )
+
+
+def traced() -> RuntimeError:
+    """``torch.jit.trace`` of a model that is divided."""
+    return RuntimeError(
+        "`torch.jit.trace` is running on a model with hooks of a `Weighter`, which divide the shared representation "
+        "for a training. Remove them first, `weighter.detach()`, or trace `with torch.no_grad()`."
+    )
+
+
+def exported_rotations() -> RuntimeError:
+    """A model that rotates is exported or traced."""
+    return RuntimeError(
+        "This model rotates what its heads read, and the rotations are the weighter's, not the model's: an exported or "
+        "traced program would not hold them. Call `weighter.fold_rotations()` first, which multiplies them into the "
+        "heads."
+    )
+
+
+def hooks_are_not_scripted() -> AttributeError:
+    """``torch.jit.script`` asks our hooks for their name."""
+    return AttributeError(
+        "The model's heads carry hooks of a `Weighter`, which `torch.jit.script` cannot compile. Remove them first: "
+        "`weighter.detach()`, or `weighter.fold_rotations()` where the method rotates."
     )
 
 

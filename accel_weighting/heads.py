@@ -36,7 +36,19 @@ class Hooked(Protocol):
         """The same for the head of a copied model, of which nothing else is wanted."""
 
 
-class _Before:
+class _Hook:
+    """What cannot be done with a hook of ours says so itself."""
+
+    @property
+    def __name__(self) -> str:
+        """Asked for by ``torch.jit.script``."""
+        raise errors.hooks_are_not_scripted()
+
+    def __reduce__(self) -> Any:
+        raise errors.hooks_are_not_pickled()
+
+
+class _Before(_Hook):
     """The forward pre-hook of head ``k``; that of a copied model (a teacher, an average) rotates and does no more."""
 
     def __init__(self, hooked: Hooked, k: int, copied: bool = False) -> None:
@@ -50,11 +62,8 @@ class _Before:
     def __deepcopy__(self, memo: Any) -> _Before:
         return _Before(self._hooked, self._k, copied=True)
 
-    def __reduce__(self) -> Any:
-        raise errors.hooks_are_not_pickled()
 
-
-class _Follow:
+class _Follow(_Hook):
     """The forward pre-hook of the model; that of a copied model does nothing."""
 
     def __init__(self, follow: Callable[[], Any] | None) -> None:
@@ -67,11 +76,8 @@ class _Follow:
     def __deepcopy__(self, memo: Any) -> _Follow:
         return _Follow(None)
 
-    def __reduce__(self) -> Any:
-        raise errors.hooks_are_not_pickled()
 
-
-class _After:
+class _After(_Hook):
     """The forward hook of head ``k``; that of a copied model does nothing."""
 
     def __init__(self, hooked: Hooked, k: int, copied: bool = False) -> None:
@@ -83,9 +89,6 @@ class _After:
 
     def __deepcopy__(self, memo: Any) -> _After:
         return _After(self._hooked, self._k, copied=True)
-
-    def __reduce__(self) -> Any:
-        raise errors.hooks_are_not_pickled()
 
 
 _Link = tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]

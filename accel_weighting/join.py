@@ -6,6 +6,7 @@ Its backward is differentiable, to any order: a loss may contain gradients that 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import re
 import weakref
@@ -138,13 +139,28 @@ class Join(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """For every tensor the sum of its aliases' gradients, each times its weight."""
         if all(g is None for g in gradients):
-            return (None,) * (4 + ctx.tensors)
+            return (None, None, None, None, *[None] * int(ctx.tensors))
         inputs, mask = ctx.saved_tensors if ctx.saves else (None, None)
+        sums: list[Tensor | None]
         if not torch.compiler.is_compiling():
-            return None, None, None, None, *collect(gradients, ctx.tensors, inputs, mask, ctx.key)
+            sums = collect(gradients, ctx.tensors, inputs, mask, ctx.key)
+            return None, None, None, None, *sums
         totals = torch.ops.accel_weighting.collect(list(gradients), ctx.tensors, inputs, mask, ctx.key)
         came = [any(g is not None for g in rows) for rows in _by_tensor(gradients, ctx.tensors)]
-        return None, None, None, None, *[t if there else None for t, there in zip(totals, came, strict=True)]
+        sums = [total if there else None for total, there in zip(totals, came, strict=True)]
+        return None, None, None, None, *sums
+
+
+@functools.lru_cache(maxsize=64)
+def join_of(tasks: tuple[str, ...]) -> type[Join]:
+    """The join under a name that says what to do: torch names it where a head begins with an in-place module.
+
+    That is raised inside of the head's forward, where nothing of ours runs, and for aliases of ``branch`` the heads are
+    not known.
+    """
+    shared = ", ".join(f"`{task}`" for task in tasks)
+    name = f"(the head of a task, one of {shared}, begins with an in-place module: give it `inplace=False`) Join"
+    return type(name, (Join,), {"__doc__": Join.__doc__})
 
 
 class _InnerSum(torch.autograd.Function):

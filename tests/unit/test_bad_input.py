@@ -363,7 +363,7 @@ BAD_LOSSES = {
     "their sum": (
         lambda losses: sum(losses.values()),
         ValueError,
-        "Losses given as one tensor must have shape [2], one entry per task. Found shape [].",
+        "Losses must come unsummed, one per task of ['depth', 'seg']: they are weighed one by one. Found one",
     ),
     "a matrix": (
         lambda losses: torch.stack(list(losses.values()))[None],
