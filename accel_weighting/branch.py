@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,9 +20,10 @@ from torch.utils.hooks import RemovableHandle
 
 from . import errors, measure
 from .heads import Call, Heads
-from .join import Gradients, has_history, join_of, register, same
+from .join import Forward, Gradients, has_history, join_of, register, same
 from .rotations import Rotations
 from .structures import argument, can_be_shared, mapped, tensors
+from .tracing import place
 from .window import MicroBatch
 
 
@@ -44,28 +44,6 @@ def _exporting() -> bool:
 def _in_transform() -> bool:
     """Whether a ``torch.func`` transform (vmap, grad, jacrev, jvp, …) is running."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-
-
-@dataclass
-class _Forward:
-    """The tensors that the heads of one forward share, each with its aliases."""
-
-    graph_task: int
-    joined: list[tuple[Tensor, Sequence[Tensor]]] = field(default_factory=list)
-    taken: set[int] = field(default_factory=set)
-
-    def aliases(self, z: Tensor) -> Sequence[Tensor] | None:
-        """Those of ``z``, or of the tensor that it is a view of; None if it is not known yet."""
-        for known, aliases in self.joined:
-            if same(known, z):
-                return aliases
-        return None
-
-    def alias(self, z: Tensor, k: int) -> Tensor:
-        """Task ``k``'s own of a tensor that is known."""
-        aliases = self.aliases(z)
-        assert aliases is not None
-        return aliases[k]
 
 
 class _Pass:
@@ -118,7 +96,7 @@ class Branch:
         self._find_shared_layer = find_shared_layer
         self._passes, self._needs_gradients, self._warn_once = passes, needs_gradients, warn_once
         self._pass: weakref.ref[_Pass] | None = None
-        self._forward: _Forward | None = None
+        self._forward: Forward | None = None
         self._layer: tuple[Tensor, Tensor] | None = None
         self._outputs: dict[int, Any] = {}
         self._handles: list[RemovableHandle] = []
@@ -296,22 +274,52 @@ class Branch:
             raise errors.several_tensors_rotated(self.tasks[k])
         if not torch.is_grad_enabled() or _in_transform():
             return [self._rotated(z, k) for z in zs]
-        if not torch.compiler.is_compiling() and any(z.requires_grad for z in zs):
+        if torch.compiler.is_compiling():
+            return self._alias_compiled(zs, k)
+        if any(z.requires_grad for z in zs):
             self.fed.add(k)
         graph_task, forward = _graph_task(), self._forward
         if forward is None or forward.graph_task != graph_task:
-            forward = _Forward(graph_task)
+            forward = Forward(graph_task)
         missing = [z for z in zs if forward.aliases(z) is None]
         if missing and k in forward.taken:  # its head again, on something new: the next forward
-            forward, missing = _Forward(graph_task), list(zs)
+            forward, missing = Forward(graph_task), list(zs)
         if missing:
             missing = _distinct(missing)
-            forward.joined += zip(missing, self._join(missing), strict=True)
+            joined = zip(missing, self._join(missing), strict=True)
+            forward.joined += [(z, 0, aliases) for z, aliases in joined]
         forward.taken.add(k)
         self._forward = forward
-        if len(forward.taken) == len(self.tasks) and torch.compiler.is_compiling():
-            self._forward = None  # what is left behind would be a second graph
         return [self._rotated(forward.alias(z, k), k) for z in zs]
+
+    def _alias_compiled(self, zs: Sequence[Tensor], k: int) -> list[Tensor]:
+        """The same in code that is compiled, where a tensor is known by its place in the trace.
+
+        What is left here at the end of a trace would be an output of the graph, so the record is dropped when every
+        head was called. For a head that is called again the aliases stay with the tensors that the trace computed,
+        which end with it.
+        """
+        kept, forward = f"_aliases_{self.key}", self._forward
+        if forward is None or forward.graph_task != -1:
+            forward = Forward(-1, compiled=True)
+        places = [place(z) for z in zs]
+        found: list[Sequence[Tensor] | None] = []
+        for z, at in zip(zs, places, strict=True):
+            aliases = forward.aliases(z, at)
+            found.append(getattr(z, kept, None) if aliases is None else aliases)
+        missing = [i for i, aliases in enumerate(found) if aliases is None]
+        if missing and k in forward.taken:
+            forward, missing = Forward(-1, compiled=True), list(range(len(zs)))
+        if missing:
+            for i, aliases in zip(missing, self._join([zs[i] for i in missing]), strict=True):
+                found[i] = aliases
+                forward.joined.append((zs[i], places[i], aliases))
+                if places[i] > 0:
+                    setattr(zs[i], kept, aliases)
+        forward.taken.add(k)
+        dropped = forward.compiled and (len(forward.taken) == len(self.tasks) or not forward.joined)
+        self._forward = None if dropped else forward
+        return [self._rotated(aliases[k], k) for aliases in found if aliases is not None]
 
     # ---- backward ----------------------------------------------------------------------------------------------
 

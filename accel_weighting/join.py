@@ -11,6 +11,7 @@ import itertools
 import re
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -249,3 +250,33 @@ def has_history(x: Tensor) -> bool:
         return False
     node, _ = viewed(x)
     return node is not None and not node.name().endswith("AccumulateGrad")
+
+
+@dataclass
+class Forward:
+    """The tensors that the heads of one forward share, each with its aliases.
+
+    Attributes:
+        graph_task: The backward in which this forward is recomputed; -1: none.
+        compiled: Whether it began in compiled code.
+        joined: Tensor, place in the trace (0 in plain Python), aliases.
+        taken: Heads that were called.
+    """
+
+    graph_task: int
+    compiled: bool = False
+    joined: list[tuple[Tensor, int, Sequence[Tensor]]] = field(default_factory=list)
+    taken: set[int] = field(default_factory=set)
+
+    def aliases(self, z: Tensor, at: int = 0) -> Sequence[Tensor] | None:
+        """Those of ``z``, or of the tensor that it is a view of; None if it is not known yet."""
+        for known, its, aliases in self.joined:
+            if same(known, z) or (at != 0 and its == at):
+                return aliases
+        return None
+
+    def alias(self, z: Tensor, k: int) -> Tensor:
+        """Task ``k``'s own of a tensor that is known."""
+        aliases = self.aliases(z)
+        assert aliases is not None
+        return aliases[k]
