@@ -23,7 +23,7 @@ from .heads import Call, Heads
 from .join import Forward, Gradients, has_history, join_of, register, same
 from .rotations import Rotations
 from .structures import argument, can_be_shared, mapped, tensors
-from .tracing import place
+from .tracing import graph_of, place
 from .window import MicroBatch
 
 
@@ -295,21 +295,22 @@ class Branch:
     def _alias_compiled(self, zs: Sequence[Tensor], k: int) -> list[Tensor]:
         """The same in code that is compiled, where a tensor is known by its place in the trace.
 
-        What is left here at the end of a trace would be an output of the graph, so the record is dropped when every
-        head was called. For a head that is called again the aliases stay with the tensors that the trace computed,
-        which end with it.
+        What is left here at the end of a trace is an output of the graph, so the record is dropped when every head was
+        called in the graph where it began. For a head that is called again the aliases stay with the tensors that the
+        trace computed, which end with it.
         """
         kept, forward = f"_aliases_{self.key}", self._forward
-        if forward is None or forward.graph_task != -1:
-            forward = Forward(-1, compiled=True)
         places = [place(z) for z in zs]
+        graph = graph_of(places)
+        if forward is None or forward.graph_task != -1:
+            forward = Forward(-1, graph)
         found: list[Sequence[Tensor] | None] = []
         for z, at in zip(zs, places, strict=True):
             aliases = forward.aliases(z, at)
             found.append(getattr(z, kept, None) if aliases is None else aliases)
         missing = [i for i, aliases in enumerate(found) if aliases is None]
         if missing and k in forward.taken:
-            forward, missing = Forward(-1, compiled=True), list(range(len(zs)))
+            forward, missing = Forward(-1, graph), list(range(len(zs)))
         if missing:
             for i, aliases in zip(missing, self._join([zs[i] for i in missing]), strict=True):
                 found[i] = aliases
@@ -317,7 +318,7 @@ class Branch:
                 if places[i] > 0:
                     setattr(zs[i], kept, aliases)
         forward.taken.add(k)
-        dropped = forward.compiled and (len(forward.taken) == len(self.tasks) or not forward.joined)
+        dropped = forward.graph == graph and (len(forward.taken) == len(self.tasks) or not forward.joined)
         self._forward = None if dropped else forward
         return [self._rotated(aliases[k], k) for aliases in found if aliases is not None]
 
@@ -380,10 +381,13 @@ class Branch:
             The weights of the sum that goes on to the trunk, ``[K]``; None: 1 each.
         """
         micro_batch = self._active
+        came = frozenset(k for tensor in rows for k, g in enumerate(tensor) if g is not None)
         if micro_batch is None:
+            if not torch.is_grad_enabled():  # somebody else's backward, which frees the graph of the heads' outputs
+                for k in came:
+                    self._outputs.pop(k, None)
             return None
         some = next(g for tensor in rows for g in tensor if g is not None)
-        came = frozenset(k for tensor in rows for k, g in enumerate(tensor) if g is not None)
         arrived = came & micro_batch.present
         if micro_batch.decide is not None and micro_batch.collected:
             raise errors.second_join_of_a_step()

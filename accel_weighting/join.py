@@ -258,13 +258,13 @@ class Forward:
 
     Attributes:
         graph_task: The backward in which this forward is recomputed; -1: none.
-        compiled: Whether it began in compiled code.
+        graph: The number of the compiler's graph in which it began; 0: not known; None: in none.
         joined: Tensor, place in the trace (0 in plain Python), aliases.
         taken: Heads that were called.
     """
 
     graph_task: int
-    compiled: bool = False
+    graph: int | None = None
     joined: list[tuple[Tensor, int, Sequence[Tensor]]] = field(default_factory=list)
     taken: set[int] = field(default_factory=set)
 

@@ -49,7 +49,8 @@ class Given:
     def vector(self, tasks: Sequence[str], head_outputs: Callable[[int], list[Tensor]]) -> Tensor:
         """The losses in task order, ``[K]``, float64 if one of them is, else float32.
 
-        Absent ones are 0, with a path of zeros to the head (or else to the loss that came) where a count of 0 said so.
+        Absent ones are 0, with a path of zeros to the head if it was called (or else, where a count of 0 said that the
+        task is not there, to the loss that came), so that every process finds the same parameters in its graph.
         """
         some = next(iter(self.named.values()))
         wide = any(loss.dtype == torch.float64 for loss in self.named.values())
@@ -61,7 +62,7 @@ class Given:
         return torch.stack(rows)
 
     def _zero(self, k: int, task: str, some: Tensor, head_outputs: Callable[[int], list[Tensor]]) -> Tensor:
-        if k in self.empty and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             sources = head_outputs(k)
             if not sources and task in self.named and self.named[task].requires_grad:
                 sources = [self.named[task]]

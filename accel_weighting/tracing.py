@@ -7,15 +7,22 @@ known, and tensors are told apart as objects alone.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _NUMBERS: weakref.WeakKeyDictionary[Any, dict[Any, int]] = weakref.WeakKeyDictionary()
-"""For every graph that is traced, its tensors by number."""
+"""For every graph that is traced, its own number (under None) and those of its tensors."""
+
+_GRAPHS = itertools.count(1)
+
+TENSORS = 1 << 20
+"""More than the shared tensors of one graph: a place tells its graph."""
 
 _VIEWS = {"select", "narrow", "view", "reshape", "transpose", "permute", "squeeze", "unsqueeze", "flatten", "view_as"}
 
@@ -37,11 +44,17 @@ def _of_the_caller() -> int:
     try:
         output = InstructionTranslator.current_tx().output
         node = output.current_tx.symbolic_locals["z"].realize().as_proxy().node
-        numbers = _NUMBERS.setdefault(node.graph, {})
-        number = numbers.setdefault(_key(node), len(numbers) + 1)
+        if (numbers := _NUMBERS.get(node.graph)) is None:
+            numbers = _NUMBERS[node.graph] = {None: next(_GRAPHS)}
+        number = numbers[None] * TENSORS + numbers.setdefault(_key(node), len(numbers))
     except Exception:  # another version of Dynamo
         return 0
     return -number if node.op == "placeholder" else number
+
+
+def graph_of(places: Sequence[int]) -> int:
+    """The number of the graph that places are in; 0 where nothing is known."""
+    return abs(places[0]) // TENSORS
 
 
 def _key(node: Any) -> Any:

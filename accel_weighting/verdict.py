@@ -29,6 +29,10 @@ GRADIENTS = frozenset({"norms", "gram", "moments"})
 """Statistics that are taken at the branch point."""
 
 
+PATIENCE = 20
+"""Windows in which every task should have been there once."""
+
+
 @dataclass(frozen=True)
 class Held:
     """A window that leaves weights and state as they are.
@@ -67,6 +71,7 @@ class Verdict:
         self._processes, self._has_scaler, self._why_missed = processes, has_scaler, why_missed
         self._digest = signature_pieces(hashlib.blake2b(repr(settings).encode()).digest(), 2)
         self._warned: set[str] = set()
+        self._unseen, self._windows = set(self._tasks), 0
 
     @property
     def rank(self) -> int:
@@ -116,6 +121,8 @@ class Verdict:
                 if bad.any():
                     return self._hold(what, bad, window.not_finite(what), sums.step)
         statistics = sums.statistics()
+        if self._unseen:
+            self._look_for_unseen(statistics)
         if self._method.positive_losses:
             self._check_signs(statistics)
         if self._method.needs & GRADIENTS:
@@ -131,6 +138,14 @@ class Verdict:
         message = _not_finite(what, found, step)
         self.warn_once(what, message, also=bool(here.any()))
         return Held(message, counts=what == "loss" or not self._has_scaler())
+
+    def _look_for_unseen(self, statistics: Statistics) -> None:
+        """A task of which no loss ever comes is said."""
+        self._unseen -= {task for task, is_here in zip(self._tasks, statistics.present, strict=True) if is_here}
+        self._windows += 1
+        if self._unseen and self._windows >= PATIENCE:
+            self.warn_once("unseen", _never_seen([task for task in self._tasks if task in self._unseen]))
+            self._unseen.clear()
 
     def _check_signs(self, statistics: Statistics) -> None:
         negative = statistics.losses < 0
@@ -197,6 +212,15 @@ def _disagreement(descriptions: Sequence[Mapping[str, Any]], step: int) -> Runti
     return RuntimeError(
         f"{what}.\n" + "\n".join(tables) + "\nWeights must only change through the weighter, and every process must "
         "build it alike and take the same steps."
+    )
+
+
+def _never_seen(tasks: Sequence[str]) -> str:
+    """Tasks that were in no window."""
+    names = ", ".join(f"`{task}`" for task in tasks)
+    return (
+        f"No loss of {names} came in the first {PATIENCE} windows, so its weight stays as it is. Is its "
+        "key missing in `losses`, or its data?"
     )
 
 
