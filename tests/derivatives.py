@@ -142,13 +142,13 @@ def largest_error(
             weighter.backward(losses_of(model, xs[rank].clone()))
             by_hand = [losses_of(twin, x.clone()) for x in xs]
             sum(weights[t] * losses[t] / world for losses in by_hand for t in "ab").backward()  # type: ignore[union-attr]
-            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-                mine = full(p.grad)
-                assert (mine is None) == (q.grad is None)
-                if mine is not None and q.grad is not None:
-                    worst = max(worst, float((mine - q.grad).norm() / q.grad.norm().clamp(min=1e-12)))
             if fsdp:
                 for module in model.modules():
                     if hasattr(module, "reshard"):
                         module.reshard()
+            for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+                mine = full(p.grad)
+                assert (mine is None) == (q.grad is None), (family, step, name, method)
+                if mine is not None and q.grad is not None:
+                    worst = max(worst, float((mine - q.grad).norm() / q.grad.norm().clamp(min=1e-12)))
     return worst
