@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from accel_weighting import IMTLG, MGDA, CoVWeighting, EqualWeighting, GradNorm, RotoGrad, Weighter
+from accel_weighting import IMTLG, MGDA, CoVWeighting, EqualWeighting, GradNorm, RotoGrad, Weighter, join, measure
 from tests.derivatives import FAMILIES, ON_LOSSES, Net, largest_error, slope
 
 MEASURING = [GradNorm(alpha=0.0), MGDA(), IMTLG(), RotoGrad()]
@@ -79,3 +79,15 @@ def test_a_backward_with_create_graph_gives_gradients_that_can_be_differentiated
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-15)
     for p in parameters:
         p.grad = None  # a cycle otherwise
+
+
+def test_the_comparison_notices_a_join_that_cannot_be_differentiated(monkeypatch):
+    """The control: the gradient that passes inside of a loss, half as long."""
+
+    def halved(rows, key):
+        total = measure.weighted_sum(rows)
+        return None if total is None else total / 2
+
+    monkeypatch.setattr(join, "_inner_sum", halved)
+    for family in FAMILIES:
+        assert largest_error(family, "heads", [EqualWeighting()]) > 1e-3
