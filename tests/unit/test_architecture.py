@@ -157,3 +157,15 @@ def test_every_failure_of_the_readme_is_shown_by_tests_that_exist() -> None:
 def test_every_public_name_has_a_docstring() -> None:
     for name in set(accel_weighting.__all__) - {"State"}:
         assert (getattr(accel_weighting, name).__doc__ or "").strip(), name
+
+
+def test_every_shape_of_model_is_shown_by_tests_that_are_there() -> None:
+    """The table of models in tests/README.md: each row is exact, refused or said, and shown by tests."""
+    text = (TESTS / "README.md").read_text().split("## Models")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (`.+?`) \|$", text, re.M)
+    assert len(rows) > 25
+    for model, outcome, shown_by in rows:
+        assert re.search(r"exact|refuse|warning|fails without", outcome), model
+        for name in re.findall(r"`(.+?)`", shown_by):
+            path, _, test = name.partition("::")
+            assert re.search(rf"^def {test}\(", (TESTS / path).read_text(), re.M), name
