@@ -265,6 +265,11 @@ def _named(losses: Any, tasks: Sequence[str]) -> Mapping[str, Any]:
     if hasattr(losses, "_asdict"):
         by_name: dict[str, Any] = losses._asdict()
         return by_name
+    if isinstance(losses, Tensor) and losses.ndim == 0 and len(tasks) > 1:
+        raise ValueError(
+            f"Losses must come unsummed, one per task of {list(tasks)!r}: they are weighed one by one. Found one "
+            "number (shape []). What is added as it is comes beside them: `extra={name: loss}`."
+        )
     if isinstance(losses, Tensor) and losses.ndim != 1:
         raise ValueError(
             f"Losses given as one tensor must have shape [{len(tasks)}], one entry per task. "

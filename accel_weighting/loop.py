@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import checks, errors
+from .audit import Audit
 from .branch import Branch
 from .losses import Bounds, Given, Losses, NumItems, OnDevice, Several
 from .optimizers import OptimizerWatch
@@ -44,6 +45,7 @@ class Loop:
     _optimizers: OptimizerWatch
     _window: Window
     _several: Several | None
+    _audit: Audit | None
 
     @property
     def accelerator(self) -> Accelerator | None:
@@ -129,9 +131,11 @@ class Loop:
         v = given.vector(self.tasks, self._branch.head_outputs)
         self._window.called |= self._branch.called
         self._window.fed |= self._branch.fed
-        self._branch.forget()
         record = self._measuring and not freeze and not paused
         micro_batch = MicroBatch(given.present, self._window, record=record)
+        if self._audit is not None and record:
+            self._audit.look(given.named, given.present, self._branch)
+        self._branch.forget()
         total = self._total(v, extra, given if record else None, paused)
         self._say_what_its_backward_needs(micro_batch, given, v.detach())
         if not paused:
@@ -268,9 +272,9 @@ class Loop:
             RuntimeError: It is nested, or ``lag=0``, which decides in every backward.
         """
         if self._several is not None:
-            raise errors.nested_micro_batch()
+            raise _nested_micro_batch()
         if self.lag == 0:
-            raise errors.micro_batch_at_lag_0()
+            raise _micro_batch_at_lag_0()
         self._several = several = Several()
         try:
             yield
@@ -310,3 +314,16 @@ class Loop:
     @property
     def _measuring(self) -> bool:
         return self._unfrozen and (self._progress.step - self.update_after) % self.update_every == 0
+
+
+def _nested_micro_batch() -> RuntimeError:
+    """``micro_batch()`` within itself."""
+    return RuntimeError("`with weighter.micro_batch():` is open already: one of them is one micro-batch.")
+
+
+def _micro_batch_at_lag_0() -> RuntimeError:
+    """Weights of the very backward, and several backwards."""
+    return RuntimeError(
+        "With `lag = 0` the weights are decided in every backward, so several of them cannot be one micro-batch. Use "
+        "`lag = 1`."
+    )

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import checks, errors
+from . import checks
 from .join import zero_with_graph
 from .statistics import Statistics
 from .window import to_device
@@ -52,7 +52,8 @@ class Given:
     def vector(self, tasks: Sequence[str], head_outputs: Callable[[int], list[Tensor]]) -> Tensor:
         """The losses in task order, ``[K]``, float64 if one of them is, else float32.
 
-        Absent ones are 0, with a path of zeros to the head (or else to the loss that came) where a count of 0 said so.
+        Absent ones are 0, with a path of zeros to the head if it was called (or else, where a count of 0 said that the
+        task is not there, to the loss that came), so that every process finds the same parameters in its graph.
         """
         some = next(iter(self.named.values()))
         wide = any(loss.dtype == torch.float64 for loss in self.named.values())
@@ -64,7 +65,7 @@ class Given:
         return torch.stack(rows)
 
     def _zero(self, k: int, task: str, some: Tensor, head_outputs: Callable[[int], list[Tensor]]) -> Tensor:
-        if k in self.empty and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             sources = head_outputs(k)
             if not sources and task in self.named and self.named[task].requires_grad:
                 sources = [self.named[task]]
@@ -129,7 +130,7 @@ class Several:
         """
         if given.counts is not None:
             if twice := self.present & given.present:
-                raise errors.counted_twice([task for k, task in enumerate(given.named) if k in twice])
+                raise _counted_twice([task for k, task in enumerate(given.named) if k in twice])
             self._counts |= {k: given.counts[k] for k in given.present}
         self.losses = losses if self.losses is None else self.losses + losses.to(self.losses)
         self.present |= given.present
@@ -190,3 +191,12 @@ class OnDevice:
             copy = to_device(torch.tensor(values, dtype=like.dtype), like.device)
         self._copies[name] = values, copy
         return copy
+
+
+def _counted_twice(tasks: Sequence[str]) -> ValueError:
+    """Counts of a task in two calls of one micro-batch."""
+    names = ", ".join(f"`{task}`" for task in tasks)
+    return ValueError(
+        f"Task {names} came with `num_items` in two calls of one micro-batch: the mean over all of its items is not "
+        "known then. Give its loss in one call."
+    )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from . import checks, errors
+from .audit import Audit, probing_is_forbidden
 from .branch import Branch
 from .growth import growth_of
 from .heads import Heads, HeadSpec
@@ -131,6 +132,8 @@ class Weighter(Loop, Readings):
         if heads is not None:
             checks.heads(heads, self.tasks, model)
             found = Heads(self.tasks, heads, model)
+            if method.needs & GRADIENTS:
+                found.check_apart()
             predecessor = self._take_over_from(found, rotates)
         layout = Layout(len(self.tasks), None if layer is None else layer.layer.matrix)
         me = weakref.ref(self)  # what is built here does not keep the weighter alive
@@ -152,6 +155,10 @@ class Weighter(Loop, Readings):
         if found is not None and accelerator is not None and not found.are_in(accelerator._models):
             given = weakly(accelerator)
             found.attach_again_at_first_forward(self._branch, lambda: bool(getattr(given(), "_models", ())))
+        if method.needs & GRADIENTS:
+            forbidden = _Facts(me, layout).why_no_probe
+            acts = method.acts_on == "shared"
+            self._audit = Audit(self.tasks, repr(method), acts, self._verdict.warn_once, forbidden)
         self._window = Window(layout)
         self._on_device = OnDevice()
         self._optimizers = OptimizerWatch()
@@ -223,6 +230,13 @@ class Weighter(Loop, Readings):
         """Under a loss scale an overflow of gradients is the scaler's business."""
         accelerator = self.accelerator
         return accelerator is not None and (accelerator.scaler is not None or accelerator.mixed_precision == "fp16")
+
+    def _why_no_probe(self) -> str | None:
+        """The engine under which a gradient cannot be asked for beside the one backward."""
+        accelerator = self.accelerator
+        if accelerator is None:
+            return None
+        return probing_is_forbidden(accelerator._models, "DEEPSPEED" in str(accelerator.distributed_type))
 
     def _why_missed(self, missed: Sequence[str], window: Window) -> RuntimeError:
         """The error for tasks of which no gradient came to the branch point."""
@@ -362,6 +376,10 @@ class _Facts:
     def has_scaler(self) -> bool:
         """Whether a loss scale is in use."""
         return self._alive()._has_scaler()
+
+    def why_no_probe(self) -> str | None:
+        """The engine under which a gradient cannot be asked for beside the one backward."""
+        return self._alive()._why_no_probe()
 
     def why_missed(self, missed: Sequence[str], window: Window) -> RuntimeError:
         """The error for tasks of which no gradient came to the branch point."""

@@ -23,6 +23,7 @@ MAY = {
     "errors": set(),
     "lifetime": set(),
     "optimizers": set(),
+    "tracing": set(),
     "structures": {"errors"},
     "pieces": set(),
     "layers": {"errors", "pieces"},
@@ -39,31 +40,22 @@ MAY = {
     "verdict": {"errors", "processes", "state", "statistics", "window"},
     "rotations": {"measure", "state", "statistics", "window"},
     "join": {"measure", "rotations"},
+    "audit": {"errors", "join"},
     "losses": {"checks", "errors", "join", "statistics", "window"},
     "steps": {"losses", "processes", "state", "statistics", "verdict", "window"},
     "heads": {"checks", "errors", "modules"},
     "shared_layer": {"errors", "join", "layers", "modules"},
-    "branch": {"errors", "heads", "join", "measure", "rotations", "shared_layer", "structures", "window"},
-    "reading": {"rotations", "statistics", "steps"},
+    "gathering": {"errors", "join", "measure", "rotations", "shared_layer", "window"},
+    "branch": {"errors", "gathering", "heads", "join", "rotations", "shared_layer", "structures", "tracing"},
+    "reading": {"audit", "branch", "rotations", "statistics", "steps"},
     "loop": {
-        *("branch", "checks", "errors", "losses", "optimizers", "processes", "rotations", "state", "statistics"),
-        *("steps", "verdict", "window"),
+        *("audit", "branch", "checks", "errors", "losses", "optimizers", "processes", "rotations", "state"),
+        *("statistics", "steps", "verdict", "window"),
     },
     "weighter": {
-        *(
-            "branch",
-            "checks",
-            "errors",
-            "growth",
-            "heads",
-            "lifetime",
-            "loop",
-            "losses",
-            "modules",
-            "optimizers",
-            "processes",
-        ),
-        *("reading", "rotations", "shared_layer", "state", "statistics", "steps", "verdict", "window"),
+        *("audit", "branch", "checks", "errors", "growth", "heads", "lifetime", "loop", "losses", "modules"),
+        *("optimizers", "processes", "reading", "rotations", "shared_layer", "state", "statistics", "steps"),
+        *("verdict", "window"),
     },
     "integrations": {"statistics", "weighter", "integrations"},
     "selfcheck": {"__init__", "processes", "selfcheck"},
@@ -147,7 +139,12 @@ def test_imports_run_one_way(path: Path) -> None:
     assert unit(path) == "processes" or not any(n.startswith("torch.distributed") for n in outside)
     allowed = ("loop", "weighter", "processes", "selfcheck", "integrations")
     assert unit(path) in allowed or not any(n.split(".")[0] == "accelerate" for n in outside)
-    assert not any(n.startswith("torch.autograd") for n in outside) or unit(path) in ("branch", "join")
+    assert not any(n.startswith("torch.autograd") for n in outside) or unit(path) in (
+        "audit",
+        "branch",
+        "gathering",
+        "join",
+    )
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if unit(p) == "selfcheck"], ids=lambda path: path.stem)
@@ -239,3 +236,15 @@ def test_every_failure_of_the_readme_is_shown_by_tests_that_exist() -> None:
 def test_every_public_name_has_a_docstring() -> None:
     for name in set(accel_weighting.__all__) - {"State"}:
         assert (getattr(accel_weighting, name).__doc__ or "").strip(), name
+
+
+def test_every_shape_of_model_is_shown_by_tests_that_are_there() -> None:
+    """The table of models in tests/README.md: each row is exact, refused or said, and shown by tests."""
+    text = (TESTS / "README.md").read_text().split("## Models")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (`.+?`) \|$", text, re.M)
+    assert len(rows) > 25
+    for model, outcome, shown_by in rows:
+        assert re.search(r"exact|refuse|warning|fails without", outcome), model
+        for name in re.findall(r"`(.+?)`", shown_by):
+            path, _, test = name.partition("::")
+            assert re.search(rf"^def {test}\(", (TESTS / path).read_text(), re.M), name

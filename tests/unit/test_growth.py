@@ -230,7 +230,7 @@ def test_it_is_in_the_checkpoint_and_older_ones_load():
     second.load_state_dict(saved)
     J = np.random.default_rng(0).normal(size=(3, 5)) * [[1], [1], [1e6]]
     for weighter in (first, second):
-        weighter._state.update(Statistics(np.ones(3), [True] * 3, np.linalg.norm(J, axis=1), J @ J.T))
+        weighter._progress.update(Statistics(np.ones(3), [True] * 3, np.linalg.norm(J, axis=1), J @ J.T))
     assert first.weights == second.weights
     assert first.log_values()["weighting/limited_steps"] == second.log_values()["weighting/limited_steps"] == 3
     assert reference.log_values()["weighting/limited_steps"] >= 3 and np.isfinite(whole).all()
@@ -241,7 +241,7 @@ def test_it_is_in_the_checkpoint_and_older_ones_load():
     three = dict(saved, growth=first.state_dict()["growth"])
     other = Weighter(NashMTL(), ["new", "margin"])
     other.load_state_dict(three, strict=False)
-    assert other._state.growth._count.tolist() == [0.0, first._state.growth._count[2]]
+    assert other._progress.growth._count.tolist() == [0.0, first._progress.growth._count[2]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
