@@ -213,8 +213,8 @@ class Branch(Gathering):
         ``z`` is a tensor, or a list, tuple, dictionary or dataclass of tensors; so is what every task gets.
         """
         if isinstance(z, Tensor):
-            aliases = enumerate(zip(self.tasks, self._join([z], mask)[0], strict=True))
-            return {task: self._rotated(alias, k) for k, (task, alias) in aliases}
+            aliases = self._join([z], mask)[0]
+            return {task: self._rotated(aliases[k], k) for k, task in enumerate(self.tasks)}
         zs = [x for x in tensors_in(z) if can_be_shared(x)]
         if not zs:
             raise errors.branch_without_tensor(z)

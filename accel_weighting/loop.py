@@ -13,7 +13,7 @@ from torch import Tensor
 from . import checks, errors
 from .audit import Audit
 from .branch import Branch
-from .losses import Bounds, Given, Losses, NumItems, OnDevice, Several
+from .losses import Bounds, Given, Losses, NumItems, Several
 from .optimizers import OptimizerWatch
 from .processes import left_waiting
 from .rotations import Rotations, were_folded
@@ -41,7 +41,6 @@ class Loop:
     _branch: Branch
     _rotations: Rotations | None
     _bounds: Bounds
-    _on_device: OnDevice
     _optimizers: OptimizerWatch
     _window: Window
     _several: Several | None
@@ -183,8 +182,8 @@ class Loop:
             weights = self._steps.decide(v.detach(), recorded.present, recorded.counts)
         else:
             weights = state.weights
-        w = None if weights is None else self._on_device("losses", weights, v)
-        w = self._bounds.capped(w, v.detach(), self._on_device)
+        w = None if weights is None else self._bounds.on_device("losses", weights, v)
+        w = self._bounds.capped(w, v.detach())
         if torch.is_grad_enabled() and not paused and weights is not None and self.method.acts_on == "losses":
             state.applied = weights
         total = v.sum() if w is None else v.dot(w)  # which autocast leaves alone
@@ -198,7 +197,7 @@ class Loop:
         if self.method.acts_on == "losses":
             return
         state, repeats = self._progress, not micro_batch.record and self._optimizers.repeats
-        micro_batch.shared_weights = self._on_device("shared", state.applied if repeats else state.weights, seen)
+        micro_batch.shared_weights = self._bounds.on_device("shared", state.applied if repeats else state.weights, seen)
         if not repeats:
             state.applied = state.weights
         if self.lag == 0 and micro_batch.record:
@@ -206,7 +205,7 @@ class Loop:
 
             def decide(gram: Tensor, arrived: frozenset[int]) -> Tensor:
                 state.applied = self._steps.decide(seen, present, counts, gram, arrived)
-                return self._on_device("decided", state.applied, seen)
+                return self._bounds.on_device("decided", state.applied, seen)
 
             micro_batch.decide = decide
 

@@ -148,18 +148,22 @@ class Bounds:
         tasks: Task names.
         largest: ``{task: loss}``.
         smallest: ``{task: loss}``.
+
+    Attributes:
+        on_device: Copies of weights and bounds where the losses are.
     """
 
     def __init__(self, tasks: Sequence[str], largest: Mapping[str, float], smallest: Mapping[str, float]) -> None:
         self.largest, self.smallest = dict(largest), dict(smallest)
+        self.on_device = OnDevice()
         self._caps = np.array([largest.get(task, np.inf) for task in tasks]) if largest else None
         self._floors = np.array([smallest.get(task, 0.0) for task in tasks]) if smallest else None
 
-    def capped(self, w: Tensor | None, losses: Tensor, on_device: OnDevice) -> Tensor | None:
+    def capped(self, w: Tensor | None, losses: Tensor) -> Tensor | None:
         """The weights ``w`` (None: 1 each), smaller where a loss is above its bound."""
         if self._caps is None:
             return w
-        caps = on_device("caps", self._caps, losses)
+        caps = self.on_device("caps", self._caps, losses)
         scale = torch.where(losses > caps, caps / losses, 1.0)
         return scale if w is None else w * scale
 

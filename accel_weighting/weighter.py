@@ -16,7 +16,7 @@ from .growth import growth_of
 from .heads import Heads, HeadSpec
 from .lifetime import Registration, weakly
 from .loop import Loop
-from .losses import Bounds, OnDevice
+from .losses import Bounds
 from .modules import heads_by_task
 from .optimizers import OptimizerWatch
 from .processes import Processes
@@ -160,7 +160,6 @@ class Weighter(Loop, Readings):
             acts = method.acts_on == "shared"
             self._audit = Audit(self.tasks, repr(method), acts, self._verdict.warn_once, forbidden)
         self._window = Window(layout)
-        self._on_device = OnDevice()
         self._optimizers = OptimizerWatch()
         self._several = None
         self._registration = Registration(self, accelerator, predecessor)

@@ -113,7 +113,7 @@ def full(gradient: Tensor | None) -> Tensor | None:
     return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient  # type: ignore[union-attr]
 
 
-def largest_error(
+def largest_error(  # noqa: C901  one loop over all methods
     family: str, route: str, methods: list[Method], engine: str | None = None, fsdp: Any = None, frozen: bool = False
 ) -> float:
     """The largest difference of a gradient from that of the loop by hand, by its norm, over methods and three steps."""
