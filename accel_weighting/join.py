@@ -138,8 +138,9 @@ class Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """For every tensor the sum of its aliases' gradients, each times its weight."""
+        tensors: int = ctx.tensors
         if all(g is None for g in gradients):
-            return (None,) * (4 + ctx.tensors)
+            return (None,) * (4 + tensors)
         inputs, mask = ctx.saved_tensors if ctx.saves else (None, None)
         if not torch.compiler.is_compiling():
             return None, None, None, None, *collect(gradients, ctx.tensors, inputs, mask, ctx.key)
