@@ -23,6 +23,7 @@ from .heads import Call, Heads
 from .join import Aliases, Forward, Taps, has_history, join_of, register, same
 from .rotations import Rotations
 from .shared_layer import SharedLayer
+from .statistics import Method
 from .structures import argument, can_be_shared, mapped, tensors_in
 from .tracing import graph_of, place
 
@@ -44,6 +45,18 @@ def _exporting() -> bool:
 def _in_transform() -> bool:
     """Whether a ``torch.func`` transform (vmap, grad, jacrev, jvp, …) is running."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+WAITING = 1 << 20
+"""So many elements of gradients at z do not wait for each other where the method needs norms alone."""
+
+
+def tap_above(method: Method, lag: int, at_layer: bool, cosines: bool | None) -> float:
+    """Elements of all gradients together from which on each is measured alone, where norms are enough."""
+    alone = method.acts_on == "losses" and not method.needs & {"gram", "moments"} and lag == 1
+    if cosines or not alone or at_layer:
+        return math.inf
+    return 0 if cosines is False else WAITING
 
 
 class Branch(Gathering):

@@ -164,8 +164,9 @@ class Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """For every tensor the sum of its aliases' gradients, each times its weight."""
+        tensors: int = ctx.tensors
         if all(g is None for g in gradients):
-            return tuple([None] * (4 + ctx.tensors))
+            return tuple([None] * (4 + tensors))
         inputs, mask = ctx.saved_tensors if ctx.saves else (None, None)
         sums: list[Tensor | None]
         if not torch.compiler.is_compiling():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from . import checks, errors
 from .audit import Audit, probing_is_forbidden
-from .branch import Branch
+from .branch import Branch, tap_above
 from .growth import growth_of
 from .heads import Heads, HeadSpec
 from .lifetime import Registration, weakly
@@ -31,10 +30,6 @@ from .window import Layout, Window
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-WAITING = 1 << 20
-"""So many elements of gradients at z do not wait for each other where the method needs norms alone."""
 
 
 class Weighter(Loop, Readings):
@@ -146,7 +141,7 @@ class Weighter(Loop, Readings):
             layer,
             self._rotations,
             passes=lambda: (weighter := me()) is None or weighter._passes,
-            tap_above=self._tap_above(checks.yes_no_or_none("cosines", cosines), layer),
+            tap_above=tap_above(method, self.lag, layer is not None, checks.yes_no_or_none("cosines", cosines)),
             needs_gradients=bool(method.needs & GRADIENTS),
             warn_once=self._verdict.warn_once,
             owner=me,
@@ -217,13 +212,6 @@ class Weighter(Loop, Readings):
     def _resumed_settings(self, layout: Layout) -> dict[str, Any]:
         """Those that a checkpoint has to agree in; the others are bounds."""
         return {"lag": self.lag, "update_every": self.update_every, "shared_layer": layout.matrices}
-
-    def _tap_above(self, cosines: bool | None, layer: SharedLayer | None) -> float:
-        """Elements of all gradients together from which on each is measured alone, where norms are enough."""
-        alone = self.method.acts_on == "losses" and not self.method.needs & {"gram", "moments"} and self.lag == 1
-        if cosines or not alone or layer is not None:
-            return math.inf
-        return 0 if cosines is False else WAITING
 
     def _has_scaler(self) -> bool:
         """Under a loss scale an overflow of gradients is the scaler's business."""

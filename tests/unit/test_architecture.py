@@ -46,7 +46,9 @@ MAY = {
     "heads": {"checks", "errors", "modules"},
     "shared_layer": {"errors", "join", "layers", "modules"},
     "gathering": {"errors", "join", "measure", "rotations", "shared_layer", "window"},
-    "branch": {"errors", "gathering", "heads", "join", "rotations", "shared_layer", "structures", "tracing"},
+    "branch": {
+        *("errors", "gathering", "heads", "join", "rotations", "shared_layer", "statistics", "structures", "tracing"),
+    },
     "reading": {"audit", "branch", "rotations", "statistics", "steps"},
     "loop": {
         *("audit", "branch", "checks", "errors", "losses", "optimizers", "processes", "rotations", "state"),
