@@ -108,11 +108,10 @@ def limit(method, windows):
 
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 def test_a_silent_task_does_not_make_the_trunk_leap_when_it_is_back(method):
-    for windows in (1, 3, 6, 20):
-        for factor in (0.1, 1e-3, 1e-9, 0.0):
-            for before in (1, 6):
-                lengths, _, _ = run(method, silence(windows, factor, before, 2))
-                assert lengths.max() <= limit(method, windows), (windows, factor, before, lengths)
+    for windows, factor in ((1, 0.1), (1, 1e-3), (1, 1e-9), (1, 0.0), (3, 1e-2), (6, 0.1), (6, 1e-9), (20, 1e-3)):
+        for before in (1, 6):
+            lengths, _, _ = run(method, silence(windows, factor, before, 2))
+            assert lengths.max() <= limit(method, windows), (windows, factor, before, lengths)
 
 
 @pytest.mark.parametrize("method", [CAGrad(), ConFIG(), NashMTL(), RotoGrad(rotate=False)], ids=repr)
