@@ -105,14 +105,14 @@ METHODS = {
     "static": [static(total, pixels) for total in (0.1, 0.01) for pixels in (1, 10)],
     "random": both(1, RandomLossWeighting(), RandomLossWeighting("dirichlet")),
     "uncertainty": both(1, *(UncertaintyWeighting(classification=CROSS_ENTROPIES, lr=lr) for lr in (0.025, 0.1))),
-    "uncertainty, balanced": both(
+    "uncertainty balanced": both(
         1, *(UncertaintyWeighting(classification=CROSS_ENTROPIES, lr=lr, start="balanced") for lr in (0.025, 0.1))
     ),
-    "uncertainty, log1p": both(
+    "uncertainty log1p": both(
         1, *(UncertaintyWeighting(classification=CROSS_ENTROPIES, lr=lr, form="log1p") for lr in (0.025, 0.1))
     ),
     "imtl-l": both(1, IMTLL(), IMTLL(lr=0.1)),
-    "imtl-l, balanced": both(1, IMTLL(start="balanced"), IMTLL(lr=0.1, start="balanced")),
+    "imtl-l balanced": both(1, IMTLL(start="balanced"), IMTLL(lr=0.1, start="balanced")),
     "dwa": both(1, *(DynamicWeightAverage(T, steps_per_epoch=EPOCH) for T in (2.0, 1.0))),
     "softadapt": both(0, SoftAdapt(), SoftAdapt(variant="loss_weighted")),
     "relobralo": both(0, *(ReLoBRaLo(alpha=alpha, tau=1.0, rho=0.99) for alpha in (0.95, 0.99))),
@@ -125,7 +125,7 @@ METHODS = {
     "uw-so": both(0, UWSO(1.0), UWSO(10.0)),
     "coba": both(1, CoBa(), CoBa(50, warmup=EPOCH)),
     "gradnorm": both(1, *(GradNorm(alpha=0.0, lr=lr) for lr in (0.025, 0.1))),
-    "gradnorm, balanced": both(1, *(GradNorm(alpha=alpha, start="balanced") for alpha in (0.0, 0.5))),
+    "gradnorm balanced": both(1, *(GradNorm(alpha=alpha, start="balanced") for alpha in (0.0, 0.5))),
     "reference": both(1, *(ReferenceNorm("left", decay=decay) for decay in (0.0, 0.9))),
     "ntk": both(1, NTKWeighting()),
     "db-mtl": both(0, DBMTL()),

@@ -74,7 +74,7 @@ class GradVac(GramMethod):
             others = np.delete(np.arange(len(M)), i)
             for j in others[torch.randperm(len(others), generator=generator).numpy()].tolist():
                 inner, length = float(W[i] @ C[j]), math.sqrt(max(float(W[i] @ C @ W[i]), 0.0))
-                cos = min(max(inner / length, -1.0), 1.0) if length > 1e-8 else 0.0
+                cos = min(max(inner / length, -1.0), 1.0) if length > 1e-6 else 0.0  # else what is left is rounding
                 goal = float(targets[i, j])
                 if cos < goal:
                     sine = math.sqrt(1 - goal * goal)

@@ -9,19 +9,23 @@ import numpy as np
 from accel_weighting.methods.algebra import Array, GramMethod, cosines, nonnegative_minimum, null_space
 
 
-def project(C: Array, low: Array) -> Array:
-    """``argmin vᵀCv  s.t.  v ≥ low``, for unit gradients with the cosines ``C``.
+def project(C: Array, lows: Array) -> Array:
+    """``argmin vᵀCv  s.t.  v ≥ low`` for each of the rows ``lows``, for unit gradients with the cosines ``C``.
 
     With ``v = low + u`` that is ``argmin_{u ≥ 0} ½uᵀCu + (C low)ᵀu``. Where C is singular the vector ``Σ v_k u_k`` is
     still unique; of its weights proximal steps choose an even one.
     """
-    b = -C @ low
     null = null_space(C, 1e-13 * len(C))
     P = 1e-6 * null @ null.T
-    x = nonnegative_minimum(C + P, b)
-    for _ in range(3 * bool(null.size)):
-        x = nonnegative_minimum(C + P, b + P @ x)
-    return low + x
+    projected = lows.copy()
+    for k, b in enumerate(-lows @ C):
+        if (b <= 0).all():
+            continue  # it conflicts with none
+        x = nonnegative_minimum(C + P, b)
+        for _ in range(3 * bool(null.size)):
+            x = nonnegative_minimum(C + P, b + P @ x)
+        projected[k] += x
+    return projected
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,7 @@ class UPGrad(GramMethod):
     def solve(self, M: Array) -> Array:
         """``Σ_i v_i``, ``[K]``; with ``y = n v`` the bound on y is a multiple of ``e_i``."""
         C, n = cosines(M)
-        if (C >= 0).all():
-            return np.full(len(n), 1 / len(n))
-        projected = np.stack([project(C, unit) for unit in np.eye(len(n))])
-        weights: Array = n @ projected / (n * len(n))
+        weights: Array = n @ project(C, np.eye(len(n))) / (n * len(n))
         return weights
 
 
@@ -63,8 +64,6 @@ class DualProj(GramMethod):
     def solve(self, M: Array) -> Array:
         """The minimiser, ``[K]``."""
         C, n = cosines(M)
-        if (M.sum(1) >= 0).all():
-            return np.full(len(n), 1 / len(n))
         mean = n / n.max()  # of unit gradients
-        weights: Array = project(C, mean) / mean / len(n)
+        weights: Array = project(C, mean[None])[0] / mean / len(n)
         return weights

@@ -170,7 +170,7 @@ CATALOGUE = [
     Row("fairgrad 2", FairGrad(2.0), rtol=1e-6, **UNITS),
     Row("upgrad", UPGrad(), rtol=1e-6, lag_0=True, **UNITS),
     Row("dualproj", DualProj(), rtol=1e-6, lag_0=True, **UNITS),
-    Row("cosine gate", gate, positive=False, moves=False, lag_0=True, **ORDERED, **UNITS),
+    Row("cosine gate", gate, positive=False, lag_0=True, **ORDERED, **UNITS),
     Row("cosine gate soft", soft_gate, positive=False, lag_0=True, **ORDERED, **UNITS),
     Row("gradvac", GradVac(), lag_0=True, positive=False, rtol=1e-5, **ORDERED, **UNITS),
     Row("gradvac raw", GradVac(0.1, "raw"), positive=False, rtol=1e-5, **ORDERED, **UNITS),
