@@ -131,7 +131,7 @@ class Verdict:
         everyone = self._processes.gather((description, state.snapshot()))
         descriptions, snapshots = zip(*everyone, strict=True)
         settled = [*self._built, *self._facts.settings(), "step"]
-        if all(d[name] == descriptions[0][name] for d in descriptions for name in settled) and _alike(snapshots):
+        if all(d[name] == descriptions[0][name] for d in descriptions for name in settled) and _rounded(snapshots):
             state.adopt(snapshots[0])
             self.warn_once("healed", _healed(step))
             return
@@ -252,13 +252,13 @@ ROUNDING = 1e-6
 """Difference, relative to the largest entry of a vector, that the rounding of different machines explains."""
 
 
-def _alike(snapshots: Sequence[Mapping[str, NDArray[Any]]]) -> bool:
-    """Whether weights and states differ by rounding alone."""
-    first = snapshots[0]
-    return all(
-        other.keys() == first.keys() and all(_close(other[name], value) for name, value in first.items())
-        for other in snapshots[1:]
-    )
+def _rounded(snapshots: Sequence[Mapping[str, NDArray[Any]]]) -> bool:
+    """Whether weights and states differ, and by rounding alone. Where they do not differ, the sum was wrong."""
+    first, *others = snapshots
+    if any(other.keys() != first.keys() for other in others):
+        return False
+    pairs = [(other[name], value) for other in others for name, value in first.items()]
+    return any(a.tobytes() != b.tobytes() for a, b in pairs) and all(_close(a, b) for a, b in pairs)
 
 
 def _close(a: NDArray[Any], b: NDArray[Any]) -> bool:
