@@ -53,7 +53,7 @@ class OptimizerWatch:
 
     @property
     def repeats(self) -> bool:
-        """Whether this pass leaves no trace: it was said, or an optimizer's closure runs for the second time in a step."""
+        """Whether this pass leaves no trace: it was said, or an optimizer runs its closure again in the same step."""
         running = self._steps.begun > self._steps.ended
         return self.paused or (running and self._opened_at == self._steps.begun)
 
