@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from .methods.aligned_mtl import AlignedMTL
 from .methods.balancer import GradientBalancer
 from .methods.cagrad import CAGrad
+from .methods.carry import CarryForward
 from .methods.config import ConFIG
 from .methods.cov import CoVWeighting
 from .methods.dwa import DynamicWeightAverage
@@ -38,6 +39,7 @@ __all__ = [
     "MGDA",
     "AlignedMTL",
     "CAGrad",
+    "CarryForward",
     "Clamp",
     "CoVWeighting",
     "ConFIG",

@@ -209,7 +209,7 @@ class WeighterState:
         fresh = self._take_over_rotations(old_state, rows, fresh)
         old: State = {}
         if _classes(saved["method"]) == _classes(repr(method)):
-            names = {name for name in fresh.keys() & old_state.keys() if _last(name) not in ("rotations", "fixed")}
+            names = {name for name in fresh.keys() & old_state.keys() if _last(name) not in _NOT_TAKEN_OVER}
             old = {name: old_state[name] for name in names}
         same_tasks = saved["tasks"] == list(self._tasks)
         if not all(_fits(value, fresh[name], len(saved["tasks"]), same_tasks) for name, value in old.items()):
@@ -239,6 +239,13 @@ class WeighterState:
         self._weight_sum = _of_the_sum(self._weight_sum, initial * self._weight_steps)
         for name in (name for name in fresh if _last(name) == "weights"):
             self.method_state[name] = _of_the_sum(self.method_state[name], fresh[name])
+
+
+_NOT_TAKEN_OVER = ("rotations", "fixed", "pairs")
+"""Entries of a method's state that a weighter of other tasks has no use for, or takes over in another way.
+
+``pairs`` have a row and a column for every task.
+"""
 
 
 def _classes(method: str) -> list[str]:

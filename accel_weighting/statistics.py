@@ -26,7 +26,8 @@ State = dict[str, NDArray[Any]]
 """What a method keeps between two updates: a flat dictionary of NumPy arrays, in float64 unless they count.
 
 Task k's share of an entry is its row k; what has nothing to do with single tasks is an array without dimensions, or
-``[1, ...]``. ``"fixed"`` is what follows from the hyperparameters alone: no checkpoint of others changes it. The one
+``[1, ...]``. ``"fixed"`` is what follows from the hyperparameters alone: no checkpoint of others changes it.
+``"pairs"`` is ``[K, K]``, and begins anew where a checkpoint of other tasks is loaded. The one
 entry that is a torch tensor, on the device, is the ``"rotations"`` of a rotating method.
 """
 
