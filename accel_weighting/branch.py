@@ -8,23 +8,23 @@ are measured, and their sum goes on to the trunk. What arrives at the vector of 
 
 from __future__ import annotations
 
-import functools
-import inspect
+import math
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from . import errors, measure
 from .heads import Call, Heads
-from .join import Gradients, Join, has_history, register, same
+from .join import Gradients, Join, Taps, has_history, register, same
 from .rotations import Rotations
+from .shared_layer import SharedLayer
+from .structures import argument, can_be_shared, mapped, tensors_in
 from .window import MicroBatch
 
 
@@ -43,10 +43,10 @@ class _Forward:
     """The tensors that the heads of one forward share, each with its aliases."""
 
     graph_task: int
-    joined: list[tuple[Tensor, Sequence[Tensor]]] = field(default_factory=list)
+    joined: list[tuple[Tensor, Sequence[Tensor] | Taps]] = field(default_factory=list)
     taken: set[int] = field(default_factory=set)
 
-    def aliases(self, z: Tensor) -> Sequence[Tensor] | None:
+    def aliases(self, z: Tensor) -> Sequence[Tensor] | Taps | None:
         """Those of ``z``, or of the tensor that it is a view of; None if it is not known yet."""
         for known, aliases in self.joined:
             if same(known, z):
@@ -71,9 +71,11 @@ class Branch:
     Args:
         tasks: Task names.
         heads: The heads; None where the model calls ``branch`` itself.
-        find_shared_layer: Gives the layer whose output is the branch point, or None.
+        shared_layer: The layer whose output is the branch point, or None.
         rotations: The heads' rotations, or None.
         passes: Whether z passes as it is, undivided, since nothing is measured or weighed there.
+        tap_above: Elements over all tasks from which on every gradient is measured alone, as it passes: none waits for
+            the others then, and inner products are not known.
         needs_gradients: Whether the method needs what is measured here.
         warn_once: Says something the first time.
         owner: Gives the weighter, as long as it lives.
@@ -87,9 +89,10 @@ class Branch:
         self,
         tasks: Sequence[str],
         heads: Heads | None = None,
-        find_shared_layer: Callable[[], nn.Linear] | None = None,
+        shared_layer: SharedLayer | None = None,
         rotations: Rotations | None = None,
         passes: Callable[[], bool] = lambda: False,
+        tap_above: float = math.inf,
         needs_gradients: bool = True,
         warn_once: Callable[[str, str], None] = lambda about, message: None,
         owner: Callable[[], Any] = lambda: None,
@@ -100,11 +103,11 @@ class Branch:
         self.owner = owner
         self.called: set[int] = set()
         self.fed: set[int] = set()
-        self._find_shared_layer = find_shared_layer
+        self.shared_layer = shared_layer
+        self._tap_above = tap_above
         self._passes, self._needs_gradients, self._warn_once = passes, needs_gradients, warn_once
         self._pass: weakref.ref[_Pass] | None = None
         self._forward: _Forward | None = None
-        self._layer: tuple[Tensor, Tensor] | None = None
         self._outputs: dict[int, Any] = {}
         self._handles: list[RemovableHandle] = []
         self._key = register(self)
@@ -118,8 +121,8 @@ class Branch:
     def attach(self) -> None:
         """Hooks the heads and the shared layer."""
         self.detach()
-        if self._find_shared_layer is not None:
-            self._handles.append(self._find_shared_layer().register_forward_hook(self._after_layer))
+        if self.shared_layer is not None:
+            self._handles.append(self.shared_layer.attach())
         if self.heads is not None:
             self.heads.attach(self)
             self.heads.before_every_forward(self.follow)
@@ -143,7 +146,9 @@ class Branch:
 
     def forget(self) -> None:
         """Drops what the last forward left: the open join and the heads' outputs."""
-        self._forward = self._layer = None
+        self._forward = None
+        if self.shared_layer is not None:
+            self.shared_layer.forget()
         self._outputs.clear()
         self.called, self.fed = set(), set()
 
@@ -152,25 +157,41 @@ class Branch:
         if not torch.compiler.is_compiling():
             self.called.add(k)
         assert self.heads is not None
+        if (alias := self._known_alias(k, args, kwargs)) is not None:
+            return (alias,), kwargs
         if len(args) == 1 and not kwargs and self.heads.arguments[k] is None and isinstance(args[0], Tensor):
-            if not _can_be_shared(args[0]):
+            if not can_be_shared(args[0]):
                 raise errors.head_without_input(self.tasks[k])
             return (self._alias([args[0]], k)[0],), kwargs
         shared = self._shared(k, module, args, kwargs)
         if not shared:
-            if not any(_can_be_shared(x) for x in _tensors((args, kwargs))):
+            if not any(can_be_shared(x) for x in tensors_in((args, kwargs))):
                 raise errors.head_without_input(self.tasks[k])
             return args, kwargs
         aliases = dict(zip(map(id, shared), self._alias(shared, k), strict=True))
-        call: Call = _mapped((args, kwargs), lambda x: aliases.get(id(x), x))
+        call: Call = mapped((args, kwargs), lambda x: aliases.get(id(x), x))
         return call
+
+    def _known_alias(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Head ``k``'s alias of the one tensor that it is called with, if a head of this forward had it before."""
+        forward = self._forward
+        if forward is None or len(args) != 1 or kwargs or torch.compiler.is_compiling():
+            return None
+        known, aliases = forward.joined[0]
+        if args[0] is not known or not known.requires_grad or forward.graph_task != torch._C._current_graph_task_id():
+            return None
+        if not torch.is_grad_enabled():
+            return None
+        forward.taken.add(k)
+        self.fed.add(k)
+        return self._rotated(aliases[k], k)
 
     def copied_head(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """The head of a copied model: rotated as the original, and no more."""
         if self.rotations is None:
             return args, kwargs
         shared = self._shared(k, module, args, kwargs)
-        return _mapped((args, kwargs), lambda x: self._rotated(x, k) if any(x is z for z in shared) else x)  # type: ignore[no-any-return]
+        return mapped((args, kwargs), lambda x: self._rotated(x, k) if any(x is z for z in shared) else x)  # type: ignore[no-any-return]
 
     def after_head(self, k: int, output: Any) -> None:
         """What head ``k`` gave, for the path of zeros of a task without samples."""
@@ -185,17 +206,13 @@ class Branch:
         """
         assert self.heads is not None
         name = self.heads.arguments[k]
-        given = (args, kwargs) if name is None else _argument(name, self.tasks[k], module, args, kwargs)
-        found = [x for x in _tensors(given) if _can_be_shared(x)]
+        given = (args, kwargs) if name is None else argument(name, self.tasks[k], module, args, kwargs)
+        found = [x for x in tensors_in(given) if can_be_shared(x)]
         if self.rotations is not None and name is None and not torch.is_grad_enabled():
             return found[:1]
         if torch.is_grad_enabled():
             found = [x for x in found if has_history(x)] or [x for x in found if x.requires_grad][:1]
         return list({id(x): x for x in found}.values())
-
-    def _after_layer(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if torch.is_grad_enabled():
-            self._layer = (args[0].detach(), output)
 
     # ---- forward -----------------------------------------------------------------------------------------------
 
@@ -207,17 +224,17 @@ class Branch:
         if isinstance(z, Tensor):
             aliases = enumerate(zip(self.tasks, self._join([z], mask)[0], strict=True))
             return {task: self._rotated(alias, k) for k, (task, alias) in aliases}
-        zs = [x for x in _tensors(z) if _can_be_shared(x)]
+        zs = [x for x in tensors_in(z) if can_be_shared(x)]
         if not zs:
             raise errors.branch_without_tensor(z)
         if self.rotations is not None and len(zs) > 1:
             raise errors.several_tensors_rotated("branch")
         joined = dict(zip(map(id, zs), self._join(zs, mask), strict=True))
 
-        def alias(x: Tensor, k: int) -> Tensor:
-            return self._rotated(joined[id(x)][k], k) if id(x) in joined else x
+        def of_task(k: int) -> Callable[[Tensor], Tensor]:
+            return lambda x: self._rotated(joined[id(x)][k], k) if id(x) in joined else x
 
-        return {task: _mapped(z, functools.partial(alias, k=k)) for k, task in enumerate(self.tasks)}
+        return {task: mapped(z, of_task(k)) for k, task in enumerate(self.tasks)}
 
     def _rotated(self, z: Tensor, k: int) -> Tensor:
         if self.rotations is None:
@@ -230,7 +247,7 @@ class Branch:
 
     def head_outputs(self, k: int) -> list[Tensor]:
         """What head ``k`` gave in the last forward, tensors with a graph only."""
-        return [o for o in _tensors(self._outputs.get(k)) if o.requires_grad]
+        return [o for o in tensors_in(self._outputs.get(k)) if o.requires_grad]
 
     def _join(self, zs: Sequence[Tensor], mask: Tensor | None = None) -> list[Sequence[Tensor]]:
         """For every tensor one alias per task."""
@@ -243,10 +260,10 @@ class Branch:
             return undivided
         self.fed.update(range(K)) if self.heads is None and not torch.compiler.is_compiling() else None
         inputs = None
-        if self._find_shared_layer is not None:
-            if self._layer is None or len(zs) > 1 or not same(self._layer[1], zs[0]):
-                raise errors.shared_layer_is_not_the_branch()
-            inputs, self._layer = self._layer[0], None
+        if self.shared_layer is not None:
+            if len(zs) > 1:  # each with an input of its own
+                return [self._join([z], mask)[0] for z in zs]
+            inputs = self.shared_layer.input_for(zs[0])
         elif self.rotations is not None and self.rotations.cooperative:
             inputs = zs[0].detach()
         flat: tuple[Tensor, ...]
@@ -270,17 +287,21 @@ class Branch:
             forward, missing = _Forward(graph_task), list(zs)
         missing = [z for i, z in enumerate(missing) if not any(same(z, other) for other in missing[:i])]
         if missing:
-            forward.joined += zip(missing, self._join(missing), strict=True)
+            forward.joined += zip(missing, self._tapped(missing) or self._join(missing), strict=True)
         forward.taken.add(k)
         self._forward = forward
         if len(forward.taken) == len(self.tasks) and torch.compiler.is_compiling():
             self._forward = None  # what is left behind would be a second graph
-        found = []
-        for z in zs:
-            aliases = forward.aliases(z)
-            assert aliases is not None
-            found.append(self._rotated(aliases[k], k))
-        return found
+        divided = [forward.aliases(z) for z in zs]
+        return [self._rotated(aliases[k], k) for aliases in divided if aliases is not None]
+
+    def _tapped(self, zs: Sequence[Tensor]) -> Sequence[Taps]:
+        """For every tensor the aliases that are made and measured one by one; nothing where they are to be joined."""
+        if torch.compiler.is_compiling() or len(self.tasks) * sum(z.numel() for z in zs) < self._tap_above:
+            return ()
+        if self._passes() or not all(z.requires_grad for z in zs):
+            return ()
+        return [Taps(z, self._key) for z in zs]
 
     # ---- backward ----------------------------------------------------------------------------------------------
 
@@ -302,7 +323,8 @@ class Branch:
     def _end_backward(self, micro_batch: MicroBatch) -> None:
         self._pass = None
         self.forget()
-        if self._find_shared_layer is None:  # at a layer's weight all samples meet
+        micro_batch.add_squares()
+        if self.shared_layer is None:  # at a layer's weight all samples meet
             micro_batch.window.split |= micro_batch.record and micro_batch.split
 
     @property
@@ -359,7 +381,9 @@ class Branch:
             micro_batch.shared_weights = micro_batch.decide(zeros, arrived)
         if arrived and (micro_batch.record or micro_batch.decide is not None):
             with torch.no_grad():
-                here = [[g if k in arrived else None for k, g in enumerate(tensor)] for tensor in rows]
+                here: Sequence[measure.Rows] = rows  # of which a stack may be there already
+                if arrived != came:
+                    here = [[g if k in arrived else None for k, g in enumerate(tensor)] for tensor in rows]
                 self._measure(micro_batch, arrived, here, inputs, mask)
         return micro_batch.shared_weights
 
@@ -372,16 +396,14 @@ class Branch:
         mask: Tensor | None,
     ) -> None:
         """Adds what the gradients of one join are, free of their factors, to the window."""
-        assert micro_batch.factors is not None
-        c, window = micro_batch.factors, micro_batch.window
-        if micro_batch.scale is not None:
-            c = c * micro_batch.scale
+        c, window = micro_batch.divisors, micro_batch.window
         if mask is not None:
-            dim = -1 if self.rotations is None else self.rotations.dim
+            dim = self._features(mask, inputs)
             rows = [[None if g is None else g * mask.unsqueeze(dim) for g in tensor] for tensor in rows]
-        if self._find_shared_layer is not None:
+        if self.shared_layer is not None:
             assert inputs is not None
-            window.add("gradients", measure.layer_gradients(rows[0], inputs) / c[:, None, None])
+            matrices = measure.layer_gradients(rows[0], self.shared_layer.layer, inputs)
+            window.add("gradients", matrices / c[:, None, None])
             return
         gram = measure.gram(rows) / torch.outer(c, c)
         if micro_batch.decide is not None:
@@ -391,44 +413,23 @@ class Branch:
             if self.rotations is not None:
                 window.add("moments", self.rotations.cross_products(rows[0], c, inputs))
 
+    def _features(self, mask: Tensor, inputs: Tensor | None) -> int:
+        """Which dimension of z a mask lacks."""
+        if self.rotations is not None:
+            return self.rotations.dim
+        if self.shared_layer is not None and inputs is not None and mask.ndim + 1 == inputs.ndim:
+            return self.shared_layer.layer.features
+        return -1
 
-# ---- structures of tensors ---------------------------------------------------------------------------------------
-
-
-def _can_be_shared(x: Any) -> bool:
-    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
-
-
-def _tensors(structure: Any) -> list[Tensor]:
-    """All tensors in lists, tuples, dictionaries, dataclasses and what else torch knows to hold tensors."""
-    found = []
-    for leaf in pytree.tree_leaves(structure):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            found += _tensors(vars(leaf))
-    return found
-
-
-def _mapped(structure: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The same structure with every tensor changed."""
-
-    def leaf(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return change(x)
-        if is_dataclass(x) and not isinstance(x, type) and _tensors(x):
-            return replace(x, **_mapped(dict(vars(x)), change))
-        return x
-
-    return pytree.tree_map(leaf, structure)
-
-
-def _argument(name: str, task: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The argument called ``name`` of a call of a head."""
-    if name in kwargs:
-        return kwargs[name]
-    parameters = list(inspect.signature(module.forward).parameters)
-    if name not in parameters:
-        raise errors.no_such_argument(task, name, parameters)
-    place = parameters.index(name)
-    return args[place] if place < len(args) else None
+    def tap(self, k: int, g: Tensor) -> None:
+        """Measures the gradient of task ``k`` alone, as it passes."""
+        micro_batch = self._active
+        if micro_batch is None:
+            return
+        arrived = frozenset([k]) & micro_batch.present
+        if arrived or not micro_batch.present:
+            micro_batch.collected.append(((g.shape,), arrived))
+        if micro_batch.record and arrived:
+            micro_batch.window.arrived |= arrived
+            with torch.no_grad():
+                micro_batch.squares[k] = micro_batch.squares.get(k, 0.0) + measure.square(g)

@@ -183,14 +183,11 @@ def heads_are_distinct(found: Sequence[nn.Module], tasks: Sequence[str]) -> None
         )
 
 
-def shared_layer(layer: Any) -> nn.Linear:
-    """The shared layer is a Linear."""
-    if not isinstance(layer, nn.Linear):
-        raise TypeError(
-            "Parameter `shared_layer` must be an nn.Linear whose output is the branch point (or its dotted name in "
-            f"`model`). Found {type(layer).__name__}. Leave it out to take gradients at the shared representation."
-        )
-    return layer
+def yes_no_or_none(argument: str, value: Any) -> bool | None:
+    """True, False or None."""
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"Parameter `{argument}` must be True, False or None. Found `{argument} = {value!r}`.")
+    return value
 
 
 def uneven_inputs(accelerator: Any) -> None:

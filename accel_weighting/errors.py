@@ -237,6 +237,43 @@ def fold_needs_heads() -> ValueError:
     )
 
 
+def no_shared_layer(found: Any, transposed: bool) -> TypeError:
+    """A module at whose weight no gradient can be had."""
+    more = (
+        " A transposed convolution is not one of them: let a Linear or a convolution come last, or leave it out."
+        if transposed
+        else " Leave it out to take gradients at the shared representation."
+    )
+    return TypeError(
+        "Parameter `shared_layer` must be an nn.Linear, an nn.Conv1d, nn.Conv2d or nn.Conv3d, or a Conv1D of "
+        "transformers, whose output is the branch point (or its dotted name in `model`). Found "
+        f"{type(found).__name__}.{more}"
+    )
+
+
+def lazy_shared_layer(kind: str) -> ValueError:
+    """A layer that learns its sizes in the first forward."""
+    return ValueError(
+        f"The sizes of `shared_layer`, a {kind}, are not known yet. Run the model once before the weighter is built."
+    )
+
+
+def complex_shared_layer(kind: str) -> ValueError:
+    """A layer with a complex weight."""
+    return ValueError(
+        f"The weight of `shared_layer`, a {kind}, is complex: the gradient there is not measured. Leave it out to take "
+        "gradients at the shared representation, where complex numbers are measured as pairs of real ones."
+    )
+
+
+def shared_layer_computes_otherwise(kind: str) -> TypeError:
+    """A subclass with a forward of its own."""
+    return TypeError(
+        f"`shared_layer` is a {kind}, whose forward does not give what its input, weight and bias give, so that the "
+        "gradient at its weight would be wrong. Name the plain layer inside of it, or leave `shared_layer` out."
+    )
+
+
 def shared_layer_is_not_the_branch() -> ValueError:
     """Something lies between the layer and the branch."""
     return ValueError(

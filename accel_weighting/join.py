@@ -34,6 +34,9 @@ class Collector(Protocol):
     def collect(self, rows: Sequence[Gradients], inputs: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """Measures the gradients; the weights of their sum, ``[K]``, or None."""
 
+    def tap(self, k: int, g: Tensor) -> None:
+        """Measures the gradient of task ``k`` alone, as it passes."""
+
     def notice_derivative(self) -> None:
         """The running backward is that of a gradient which passed the join."""
 
@@ -71,7 +74,8 @@ def _laid_out(total: Tensor | None, rows: Gradients) -> Tensor:
     if total is None or first is None:
         return torch.empty(0)
     promised = torch.empty_like(first)
-    return total if total.stride() == promised.stride() else promised.copy_(total)
+    fresh = not any(total is g for g in rows)
+    return total if fresh and total.stride() == promised.stride() else promised.copy_(total)
 
 
 @_collect.register_fake
@@ -116,7 +120,7 @@ def collect(
     branch = _BRANCHES.get(key)
     some = next(g for g in gradients if g is not None)
     with _without_autocast(some.device.type):
-        rows = _by_tensor(gradients, tensors)
+        rows = [measure.Gathered(r) for r in _by_tensor(gradients, tensors)]
         weights = None if branch is None else branch.collect(rows, inputs, mask)
         if torch.is_grad_enabled() and branch is not None and not branch.is_active:
             return [_inner_sum(r, key) for r in rows]
@@ -155,6 +159,7 @@ class Join(torch.autograd.Function):
         if all(g is None for g in gradients):
             return (None,) * (4 + ctx.tensors)
         inputs, mask = ctx.saved_tensors if ctx.saves else (None, None)
+        sums: list[Tensor | None]
         if not torch.compiler.is_compiling():
             sums = collect(gradients, ctx.tensors, inputs, mask, ctx.key)
             return None, None, None, None, *sums
@@ -176,7 +181,7 @@ class _InnerSum(torch.autograd.Function):
         ctx.key, ctx.number = key, len(gradients)
         total = measure.weighted_sum(gradients)
         assert total is not None
-        return total
+        return total.view_as(total) if len(gradients) == 1 else total  # one alone is its own sum
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -191,6 +196,43 @@ def _inner_sum(rows: Gradients, key: int) -> Tensor | None:
         return None
     total: Tensor = _InnerSum.apply(key, *arrived)  # type: ignore[no-untyped-call]
     return total
+
+
+class _Tap(torch.autograd.Function):
+    """One alias (a view) of a tensor for task k, whose gradient is measured as it passes."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, key: int, k: int) -> Tensor:
+        ctx.key, ctx.k = key, k
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
+        branch = _BRANCHES.get(ctx.key)
+        if branch is None:
+            return g, None, None
+        with _without_autocast(g.device.type):
+            branch.tap(ctx.k, g)
+        if torch.is_grad_enabled() and not branch.is_active:
+            return _inner_sum([g], ctx.key), None, None
+        return g, None, None
+
+
+class Taps(dict[int, Tensor]):
+    """The aliases of one tensor by task, made when they are asked for: one each, however often its head is called.
+
+    Their gradients are added up by autograd, as those of z itself would be, and none waits for the others. An alias
+    that was made before its head is called would have to wait until all heads are through.
+    """
+
+    def __init__(self, z: Tensor, key: int) -> None:
+        super().__init__()
+        self._z, self._key = z, key
+
+    def __missing__(self, k: int) -> Tensor:
+        alias: Tensor = _Tap.apply(self._z, self._key, k)  # type: ignore[no-untyped-call]
+        self[k] = alias
+        return alias
 
 
 class _ZeroWithGraph(torch.autograd.Function):

@@ -1,33 +1,54 @@
 """What gradients that arrived apart come to: their sum, their inner products, their products with features.
 
-Few kernels where tensors are small, bounded memory where they are large; float32 or wider.
+Few kernels where tensors are small; bounded memory where they are large, which are then read in pieces. What is summed
+over a piece is in float32 or wider, and what the pieces come to is added up in float64.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .layers import Layer, weight_gradient
+from .pieces import BLOCK, full_precision, in_pieces, piece_size
+from .pieces import wide as wide
+
 SMALL = 1 << 16
 """Elements up to which a tensor's kernel costs more to start than to run, about."""
 
-CHUNK = 1 << 20
-"""Elements per task that are gathered at once: bounds the memory of the products whatever the size of z."""
+DOUBLE = 1 << 16
+"""Elements over all tasks up to which products in float64 cost nothing that can be noticed."""
+
+TINY, HUGE = 1e-30, 1e36
+"""Between them sums of squares in float32 have lost nothing that matters."""
 
 Rows = Sequence[Tensor | None]
 """One gradient per task, None where it has none."""
 
 
-def wide(x: Tensor) -> Tensor:
-    """float32 or wider: products of half-precision gradients overflow."""
-    return x if x.dtype in (torch.float64, torch.complex128) else x.float()
+class Gathered(list[Tensor | None]):
+    """Rows whose stack is made once, for all that read it."""
+
+    @functools.cached_property
+    def stack(self) -> Tensor:
+        """``[K, ...]``; zeros where there is none."""
+        return torch.stack(_with_zeros(self))
+
+
+def _with_zeros(rows: Rows) -> list[Tensor]:
+    some = next(g for g in rows if g is not None)
+    if all(g is not None for g in rows):
+        return list(rows)  # type: ignore[arg-type]
+    zeros = some.new_zeros(()).expand_as(some)
+    return [zeros if g is None else g for g in rows]
 
 
 def weighted_sum(rows: Rows, weights: Tensor | None = None) -> Tensor | None:
-    """A fresh sum of the gradients that came, each times its weight; None if none came.
+    """The sum of the gradients that came, each times its weight; None if none came, itself if it is one alone.
 
     One kernel on a stack of small tensors; one pass over each where memory is what takes the time.
 
@@ -35,20 +56,28 @@ def weighted_sum(rows: Rows, weights: Tensor | None = None) -> Tensor | None:
         rows: One gradient per task.
         weights: ``[K]``; None: 1 each.
     """
-    gradients = [g for g in rows if g is not None]
-    if not gradients:
+    came = [(k, g) for k, g in enumerate(rows) if g is not None]
+    if not came:
         return None
-    first = gradients[0]
-    if weights is not None and len(gradients) < len(rows):
-        weights = torch.stack([w for w, g in zip(weights, rows, strict=True) if g is not None])
-    w = None if weights is None else weights.to(first.dtype)
-    if first.numel() <= SMALL:
-        V = torch.stack(gradients)
-        return (V if w is None else V * w.view(-1, *(1,) * first.ndim)).sum(0)
-    total = first.clone() if w is None else first * w[0]
-    for k, g in enumerate(gradients[1:], 1):
-        total = total.add_(g) if w is None else total.addcmul_(g, w[k])
+    (k, total), *others = came
+    w = None if weights is None else weights.to(total.dtype)
+    if w is None and not others:
+        return total
+    if total.numel() <= SMALL:
+        shared = isinstance(rows, Gathered) and not torch.is_grad_enabled()
+        V = rows.stack if shared else torch.stack(_with_zeros(rows))  # type: ignore[attr-defined]
+        return (V if w is None else V * w.view(-1, *(1,) * total.ndim)).sum(0)
+    if w is not None:
+        total = total * w[k]
+    for n, (j, g) in enumerate(others):
+        if w is not None:
+            total = total.addcmul_(g, w[j])
+            continue
+        total = total.add_(g) if n else total + g  # the first sum is fresh, so that nothing was copied before
     return total
+
+
+# ---- inner products ----------------------------------------------------------------------------------------------
 
 
 def gram(tensors: Sequence[Rows]) -> Tensor:
@@ -64,26 +93,138 @@ def gram(tensors: Sequence[Rows]) -> Tensor:
 
 def _gram(rows: Rows) -> Tensor:
     some = next(g for g in rows if g is not None)
-    zeros = some.new_zeros(()).expand_as(some) if any(g is None for g in rows) else some
-    full = [zeros if g is None else g for g in rows]
-    if some.is_complex():  # a complex number is a pair of real ones
-        full = [torch.view_as_real(g.resolve_conj()) for g in full]
-    if some.numel() <= CHUNK:
-        V = wide(torch.stack(full).flatten(1))
+    K = len(rows)
+    if K * some.numel() <= DOUBLE:
+        V = rows.stack if isinstance(rows, Gathered) else torch.stack(_with_zeros(rows))
+        V = _real(V).flatten(1)
+        V = wide(V) if some.device.type == "mps" else V.double()
         return V @ V.T
-    total = torch.zeros(len(full), len(full), dtype=torch.float64, device=some.device)
-    for part in zip(*(torch.split(g.reshape(-1), CHUNK) for g in full), strict=True):
-        V = wide(torch.stack(part))
-        total += V @ V.T
+    came = [k for k, g in enumerate(rows) if g is not None]
+    with full_precision(some.device):
+        products = _gram_in_pieces([_real(rows[k]) for k in came])  # type: ignore[arg-type]
+    if len(came) == K:
+        return products
+    total = products.new_zeros(K, K)
+    for row, k in zip(products, came, strict=True):
+        for x, j in zip(row, came, strict=True):
+            total[k, j] = x
     return total
 
 
-def layer_gradients(rows: Rows, inputs: Tensor) -> Tensor:
-    """``g_kᵀ a`` of every task: its gradient at the weight of the Linear that gave z, ``[K, out, in]``."""
-    a = wide(inputs.reshape(-1, inputs.shape[-1]))
+def _real(x: Tensor) -> Tensor:
+    """A complex number is a pair of real ones."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def _gram_in_pieces(rows: Sequence[Tensor]) -> Tensor:
+    """``[n, n]`` in float64 of rows that all came."""
+    K, on_cpu = len(rows), rows[0].device.type == "cpu"
+    size = max(BLOCK, piece_size(rows[0]) // K // BLOCK * BLOCK)
+    scales = None if on_cpu else _scales(rows)
+    sums: list[Tensor] = []
+    total: Tensor | None = None
+    factors = None if scales is None else scales.to(rows[0].dtype).unsqueeze(1)
+    for part in in_pieces(rows, size):
+        V = torch.stack(list(part)).flatten(1)
+        if on_cpu:
+            products = _checked(V)
+            total = products if total is None else total.add_(products)
+        else:
+            sums += _products(V if factors is None else V.mul_(factors))
+        del V  # before the next is made
+    if total is not None:
+        return total
+    total = _added_up(sums)
+    return total if scales is None else total / torch.outer(scales, scales)
+
+
+def _checked(V: Tensor) -> Tensor:
+    """Products on a CPU, which can be looked at: done again in float64 where squares left the range of float32."""
+    products = _added_up(_products(wide(V)))
+    if V.dtype == torch.float64:
+        return products
+    squares = products.diagonal()
+    doubtful = ~((squares > TINY) & (squares < HUGE))
+    if bool(doubtful.any()) and bool(V[doubtful].any()):
+        V = V.double()
+        products = V @ V.T
+    return products
+
+
+def _added_up(parts: Sequence[Tensor]) -> Tensor:
+    every = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    return every.sum(0, dtype=torch.float32 if every.device.type == "mps" else torch.float64)
+
+
+def _products(V: Tensor) -> list[Tensor]:
+    """``V Vᵀ`` in parts ``[·, K, K]`` that are still to be added up: one long float32 sum would be off by 1e-5."""
+    n = V.shape[1]
+    whole = n // BLOCK * BLOCK
+    parts = []
+    if whole:
+        W = V.narrow(1, 0, whole).view(len(V), -1, BLOCK)
+        parts.append(_bmm(W.transpose(0, 1)))
+    if whole < n:
+        parts.append(_bmm(V.narrow(1, whole, n - whole).unsqueeze(0)))
+    return parts
+
+
+def _bmm(W: Tensor) -> Tensor:
+    """``W Wᵀ`` of a batch; of half precision with sums in float32."""
+    if W.dtype in (torch.float16, torch.bfloat16):
+        if _WIDE_SUMS and W.device.type == "cuda":
+            return torch.bmm(W, W.mT, out_dtype=torch.float32)
+        W = W.float()
+    return torch.bmm(W, W.mT)
+
+
+_WIDE_SUMS = hasattr(torch.ops.aten.bmm, "dtype")
+"""Whether this torch multiplies half-precision matrices into float32 ones, which it does on a GPU alone."""
+
+
+def _scales(rows: Sequence[Tensor]) -> Tensor | None:
+    """Powers of two, float32 ``[n]``, that bring every row's largest entry near 1; None where no square can leave."""
+    if rows[0].dtype not in (torch.float32, torch.bfloat16):
+        return None
+    largest = torch.stack(torch._foreach_norm(list(rows), float("inf"))).float()
+    exponents = largest.view(torch.int32) & 0x7F800000
+    return (0x7F000000 - exponents).clamp_(min=1 << 23).view(torch.float32)
+
+
+def square(g: Tensor) -> Tensor:
+    """The squared norm of one gradient, a float64 number on its device, with next to no memory besides."""
+    x = _real(g)
+    if x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous():
+        whole = x.numel() // BLOCK * BLOCK
+        x = x.view(-1)
+        W = x[:whole].view(-1, 1, BLOCK)
+        total = torch.bmm(W, W.mT).sum(dtype=torch.float64) + x[whole:].double().square().sum()
+        if float(total) > TINY * max(1, len(W)) and float(total) < HUGE:
+            return total
+    return _square_in_pieces(x)
+
+
+def _square_in_pieces(x: Tensor) -> Tensor:
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    size = min(piece_size(x) // 2, max(1 << 13, x.numel() // 32))
+    total = torch.zeros((), dtype=dtype, device=x.device)
+    for (part,) in in_pieces([x], size):
+        wider = part.to(dtype).flatten()
+        total += wider.dot(wider)
+        del wider  # before the next is made
+    return total
+
+
+# ---- at a layer's weight, and rotated ----------------------------------------------------------------------------
+
+
+def layer_gradients(rows: Rows, layer: Layer, inputs: Tensor) -> Tensor:
+    """Every task's gradient at the weight of the layer that gave z, ``[K, out, in·…]``."""
     some = next(g for g in rows if g is not None)
-    zeros = a.new_zeros(some.shape[-1], a.shape[-1])
-    return torch.stack([zeros if g is None else wide(g.reshape(-1, g.shape[-1])).T @ a for g in rows])
+    with full_precision(some.device):
+        matrices = [None if g is None else weight_gradient(layer, inputs, g) for g in rows]
+    zeros = next(m for m in matrices if m is not None).new_zeros(layer.matrix)
+    return torch.stack([zeros if m is None else m for m in matrices])
 
 
 def cross_products(rows: Rows, c: Tensor, m: int, dim: int, z: Tensor | None) -> Tensor:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from . import checks, errors
+from . import errors
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Attributes in which torch's wrappers hold what they wrap."""
@@ -79,31 +77,17 @@ def heads_by_task(
     return found
 
 
-def layer_finder(layer: nn.Linear | str, model: nn.Module | None) -> Callable[[], nn.Linear]:
-    """Finds the shared layer again and again, and keeps neither it nor the model alive."""
-    ref = weakref.ref(layer if not isinstance(layer, str) or model is None else model)
-
-    def find() -> nn.Linear:
-        found = ref()
-        if found is None:
-            raise errors.model_is_gone()
-        return checks.shared_layer(found) if not isinstance(layer, str) else find_layer(layer, cast(nn.Module, found))
-
-    return find
-
-
-def find_layer(layer: nn.Linear | str, model: nn.Module | None) -> nn.Linear:
-    """The shared layer, given as a module or by name.
+def find_layer(layer: nn.Module | str, model: nn.Module | None) -> nn.Module:
+    """A layer, given as a module or by name.
 
     Raises:
         ValueError: The name leads nowhere, or there is no model to look it up in.
-        TypeError: It is not an ``nn.Linear``.
     """
     if not isinstance(layer, str):
-        return checks.shared_layer(layer)
+        return layer
     if model is None:
         raise errors.layer_without_model(layer)
     found = locate(layer, model)
     if found is None:
         raise errors.modules_not_found([layer], dict(model.named_modules()))
-    return checks.shared_layer(found)
+    return found

@@ -194,7 +194,8 @@ class Processes:
         device = parts[0].device
         known = [1, *signature, *(piece * piece for piece in signature)]
         first, last = len(known), 0
-        pieces = [to_device(torch.tensor([*known, *numbers], dtype=torch.float64), device), *parts]
+        host = torch.from_numpy(np.array([*known, *numbers], dtype=np.float64))
+        pieces = [to_device(host, device), *parts]
         if large is not None:
             bits = fingerprint(large).to(device)
             pieces.append(torch.cat([bits, bits * bits]).double())

@@ -81,6 +81,7 @@ class Verdict:
     ) -> None:
         self._method, self._tasks, self._facts = method, tuple(tasks), facts
         self._processes, self._smallest = processes, smallest
+        self._needs, self._positive = method.needs, method.positive_losses
         self._built = {"tasks": list(tasks), "method": repr(method), "weighter number": processes.number}
         self._signed: tuple[Mapping[str, Any], list[int]] = {}, []
         self._warned: set[str] = set()
@@ -162,9 +163,9 @@ class Verdict:
         statistics = sums.statistics()
         if below := self._below_its_bound(statistics):
             return below
-        if self._method.positive_losses:
+        if self._positive:
             self._check_signs(statistics)
-        if self._method.needs & GRADIENTS:
+        if self._needs & GRADIENTS:
             self._check_gradients(sums, statistics, window)
         return statistics
 
@@ -196,7 +197,8 @@ class Verdict:
 
     def _check_signs(self, statistics: Statistics) -> None:
         negative = statistics.losses < 0
-        negative[[self._tasks.index(task) for task in self._smallest]] = False
+        if self._smallest:
+            negative &= [task not in self._smallest for task in self._tasks]
         if negative.any():
             names = [task for task, is_negative in zip(self._tasks, negative, strict=True) if is_negative]
             raise _negative_losses(repr(self._method), names, statistics.losses[negative].tolist(), statistics.step)
@@ -206,7 +208,7 @@ class Verdict:
         if missed.any():
             names = [task for task, is_missed in zip(self._tasks, missed, strict=True) if is_missed]
             raise self._facts.why_missed(names, window)
-        if self._method.needs & {"gram", "moments"}:
+        if self._needs & {"gram", "moments"}:
             if sums.split:
                 raise _unrelated_gradients(repr(self._method), statistics.step)
             if "shared" not in self._warned:
@@ -218,7 +220,7 @@ class Verdict:
         if M is None or self._facts.settings()["shared_layer"] is not None:
             return
         if np.count_nonzero(M.diagonal()) > 1 and np.count_nonzero(M) == np.count_nonzero(M.diagonal()):
-            self.warn_once("shared", _no_sample_is_shared(repr(self._method), "moments" in self._method.needs))
+            self.warn_once("shared", _no_sample_is_shared(repr(self._method), "moments" in self._needs))
 
     def notice_update(self, statistics: Statistics, state: WeighterState, moved: bool) -> None:
         """Windows that hold one task each: weights that are compared with each other cannot move.

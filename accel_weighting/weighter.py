@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,12 @@ from .heads import Heads, HeadSpec
 from .lifetime import Registration, weakly
 from .loop import Loop
 from .losses import Bounds, OnDevice
-from .modules import find_layer, heads_by_task, layer_finder
+from .modules import heads_by_task
 from .optimizers import OptimizerWatch
 from .processes import Processes
 from .reading import Readings
 from .rotations import Rotations, fold
+from .shared_layer import SharedLayer
 from .state import WeighterState
 from .statistics import Method
 from .steps import Steps
@@ -27,6 +29,10 @@ from .window import Layout, Window
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+WAITING = 1 << 20
+"""So many elements of gradients at z do not wait for each other where the method needs norms alone."""
 
 
 class Weighter(Loop, Readings):
@@ -45,8 +51,12 @@ class Weighter(Loop, Readings):
             named: ``{task: ("decoder", "memory")}``. None where the model's forward calls ``branch`` itself, or where
             the method needs losses only.
         model: Where dotted names are looked up, wrapped or not.
-        shared_layer: An ``nn.Linear`` (or its name) whose output is the branch point. Gradients are then taken at its
-            weight, as GradNorm's paper does; this adds K·|W| numbers to the all-reduce.
+        shared_layer: A Linear, a convolution or transformers' ``Conv1D`` (or its name) whose output is the branch
+            point. Gradients are then taken at its weight, as GradNorm's paper does; this adds K·|W| numbers to the
+            all-reduce.
+        cosines: Whether inner products of gradients are measured where the method needs norms alone. They wait for
+            each other then, which takes (K-1)·|z| of memory. None: where z is small, or compiled, or branched by
+            ``branch``; ``statistics.gram`` is None elsewhere.
         initial_weights: ``{task: weight}``, positive; tasks that are not named start where the method starts them.
         lag: 1: the weights of a step come from the steps before it. 0: from this very step.
         update_every: Statistics are taken and weights updated at every n-th optimizer step only.
@@ -80,7 +90,8 @@ class Weighter(Loop, Readings):
         accelerator: Accelerator | None = None,
         heads: Mapping[str, HeadSpec] | None = None,
         model: nn.Module | None = None,
-        shared_layer: nn.Linear | str | None = None,
+        shared_layer: nn.Module | str | None = None,
+        cosines: bool | None = None,
         initial_weights: Mapping[str, float] | None = None,
         lag: int = 1,
         update_every: int = 1,
@@ -107,7 +118,7 @@ class Weighter(Loop, Readings):
         processes = Processes(accelerator, process_group)
 
         rotates = "moments" in method.needs
-        layer = None if shared_layer is None else find_layer(shared_layer, model)
+        layer = None if shared_layer is None else SharedLayer(shared_layer, model)
         if layer is not None:
             checks.shared_layer_goes_with(repr(method), rotates, self.lag)
         found, predecessor = None, None
@@ -115,7 +126,7 @@ class Weighter(Loop, Readings):
             checks.heads(heads, self.tasks, model)
             found = Heads(self.tasks, heads, model)
             predecessor = self._take_over_from(found, rotates)
-        layout = Layout(len(self.tasks), None if layer is None else (layer.out_features, layer.in_features))
+        layout = Layout(len(self.tasks), None if layer is None else layer.layer.matrix)
         me = weakref.ref(self)  # what is built here does not keep the weighter alive
         self._verdict = Verdict(method, self.tasks, _Facts(me, layout), processes, self._bounds.smallest)
         self._steps = Steps(method, self._progress, layout, processes, self._verdict, self._bounds, self.lag)
@@ -123,9 +134,10 @@ class Weighter(Loop, Readings):
         self._branch = Branch(
             self.tasks,
             found,
-            None if shared_layer is None else layer_finder(shared_layer, model),
+            layer,
             self._rotations,
             passes=lambda: (weighter := me()) is None or weighter._passes,
+            tap_above=self._tap_above(checks.yes_no_or_none("cosines", cosines), layer),
             needs_gradients=bool(method.needs & GRADIENTS),
             warn_once=self._verdict.warn_once,
             owner=me,
@@ -192,6 +204,13 @@ class Weighter(Loop, Readings):
     def _resumed_settings(self, layout: Layout) -> dict[str, Any]:
         """Those that a checkpoint has to agree in; the others are bounds."""
         return {"lag": self.lag, "update_every": self.update_every, "shared_layer": layout.matrices}
+
+    def _tap_above(self, cosines: bool | None, layer: SharedLayer | None) -> float:
+        """Elements of all gradients together from which on each is measured alone, where norms are enough."""
+        alone = self.method.acts_on == "losses" and not self.method.needs & {"gram", "moments"} and self.lag == 1
+        if cosines or not alone or layer is not None:
+            return math.inf
+        return 0 if cosines is False else WAITING
 
     def _has_scaler(self) -> bool:
         """Under a loss scale an overflow of gradients is the scaler's business."""

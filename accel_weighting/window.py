@@ -119,7 +119,7 @@ class Layout:
 
     Attributes:
         tasks: Number of tasks, K.
-        matrices: Shape ``[out, in]`` of the shared layer's weight where gradients are taken there, else None.
+        matrices: Shape ``[out, in·…]`` of the shared layer's weight where gradients are taken there, else None.
         moments: How many moments of which width a rotating method has, ``(number, m)``, once z is known.
         extras: Names of the losses that are added as they are, in the order in which they first came.
     """
@@ -161,7 +161,9 @@ class Layout:
         K, head = self.tasks, self._head
         blocks, counted, empty, split, tapped, derivatives = map(round, host[:HOST].tolist())
         arrived, present, items = host[HOST : HOST + 3 * K].reshape(3, K)
-        counts, losses, extras = np.split(host[HOST + 3 * K : head], [EXTRAS, EXTRAS + K])
+        first = HOST + 3 * K
+        counts, losses = host[first : first + EXTRAS], host[first + EXTRAS : head - EXTRAS]
+        extras = host[head - EXTRAS : head]
         return Sums(
             blocks,
             counted,
@@ -197,6 +199,7 @@ class MicroBatch:
         record: Whether the statistics take it in.
         factors: ``c``, ``[K]``, once the backward has begun.
         collected: For every join that this backward passed: the shapes of its tensors, and whose gradients came.
+        squares: Squared norms of the gradients that were measured one by one as they passed, by task.
     """
 
     present: frozenset[int]
@@ -207,6 +210,23 @@ class MicroBatch:
     record: bool = True
     factors: Tensor | None = None
     collected: list[tuple[tuple[torch.Size, ...], frozenset[int]]] = field(default_factory=list)
+    squares: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def divisors(self) -> Tensor:
+        """By how much every task's gradient was multiplied, ``[K]``."""
+        assert self.factors is not None
+        return self.factors if self.scale is None else self.factors * self.scale
+
+    def add_squares(self) -> None:
+        """Adds the squared norms, free of their factors, to the window: the diagonal of a Gram matrix."""
+        if not self.squares:
+            return
+        squares, c = self.squares, self.divisors.detach()
+        zero = next(iter(squares.values())).new_zeros(())
+        diagonal = torch.stack([squares.get(k, zero).to(c.device) for k in range(len(c))])
+        self.squares = {}
+        self.window.add("gradients", torch.diag(diagonal / c.to(diagonal.dtype).square()))
 
     @property
     def split(self) -> bool:

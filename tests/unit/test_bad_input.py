@@ -179,7 +179,7 @@ def _heads(**changes):
         (
             lambda model: {"shared_layer": model.blocks[0]},
             TypeError,
-            "must be an nn.Linear whose output is the branch",
+            "must be an nn.Linear, an nn.Conv1d, nn.Conv2d or nn.Conv3d",
         ),
         (lambda model: {"shared_layer": "shared"}, ValueError, "`shared_layer = 'shared'` is looked up in `model`"),
         (
