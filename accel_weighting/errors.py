@@ -340,6 +340,15 @@ def windows_without_steps() -> str:
     )
 
 
+def two_windows_per_step() -> str:
+    """Every optimizer step had more than one window."""
+    return (
+        "Each of the last 20 optimizer steps had two windows or more, and the gradients of all but the last were taken "
+        "away: weights move at every window, and so within an optimizer step. A pass that is not for a step of its own "
+        "(SAM's second pass, a line search) goes into `with weighter.paused():`."
+    )
+
+
 def nested_micro_batch() -> RuntimeError:
     """``micro_batch()`` within itself."""
     return RuntimeError("`with weighter.micro_batch():` is open already: one of them is one micro-batch.")

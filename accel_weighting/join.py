@@ -157,7 +157,7 @@ class Join(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """For every tensor the sum of its aliases' gradients, each times its weight."""
         if all(g is None for g in gradients):
-            return (None,) * (4 + ctx.tensors)
+            return (None,) * (4 + int(ctx.tensors))
         inputs, mask = ctx.saved_tensors if ctx.saves else (None, None)
         sums: list[Tensor | None]
         if not torch.compiler.is_compiling():

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import checks, errors
 from .branch import Branch
 from .losses import Bounds, Given, Losses, NumItems, OnDevice, Several
-from .optimizers import OptimizerWatch
+from .optimizers import OptimizerWatch, hold_gradients
 from .processes import left_waiting
 from .rotations import Rotations, were_folded
 from .state import WeighterState
@@ -133,6 +133,8 @@ class Loop:
         micro_batch = MicroBatch(given.present, self._window, record=record)
         total = self._total(v, extra, given if record else None, paused)
         self._say_what_its_backward_needs(micro_batch, given, v.detach())
+        if not self._window.opened and not paused:
+            self._look_for_an_optimizer(given, total)
         if not paused:
             self._enter(micro_batch, given, v.detach(), extra, last, freeze)
         if record or self.method.acts_on == "shared":
@@ -150,19 +152,30 @@ class Loop:
             raise errors.head_moved_in_a_forward(moved)
         if self._window.due and not paused:
             raise errors.window_not_closed()
-        if not self._window.opened and not paused:
-            self._look_for_an_optimizer(given)
 
-    def _look_for_an_optimizer(self, given: Given) -> None:
-        """A window opens: an optimizer must have used the gradients of the last one."""
-        kind = None if self.accelerator is None else self.accelerator.distributed_type.value
+    def _look_for_an_optimizer(self, given: Given, total: Tensor) -> None:
+        """A window opens: an optimizer must have used the gradients of the last one before this backward begins.
+
+        They are looked at in the backward, since ``zero_grad`` may come between ``combine`` and it.
+        """
+        accelerator = self.accelerator
+        kind = None if accelerator is None else accelerator.distributed_type.value
         if kind == "DEEPSPEED":  # which steps inside of its backward
             return
-        prepared = bool(getattr(self.accelerator, "_optimizers", ()))
-        if self._optimizers.opens(given.named.values(), prepared):
-            raise errors.gradients_still_wait()
+        prepared = list(getattr(accelerator, "_optimizers", ()))
+        if self._optimizers.opens(bool(prepared)) and total.requires_grad:
+            leaves = list(given.named.values())
+            sharded = prepared if kind == "FSDP" else []
+
+            def look(_: Tensor) -> None:
+                if hold_gradients(leaves, sharded):
+                    raise errors.gradients_still_wait()
+
+            total.register_hook(look)
         if self._optimizers.never_steps:
             self._verdict.warn_once("unstepped", errors.windows_without_steps())
+        if self._optimizers.doubles:
+            self._verdict.warn_once("doubled", errors.two_windows_per_step())
 
     def _total(
         self, v: Tensor, extra: Mapping[str, Tensor], recorded: Given | None = None, paused: bool = False

@@ -163,6 +163,7 @@ def test_public_names() -> None:
         [
             "AlignedMTL",
             "CAGrad",
+            "CarryForward",
             "Clamp",
             "CoVWeighting",
             "ConFIG",
