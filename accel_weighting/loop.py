@@ -123,7 +123,7 @@ class Loop:
         extra = checks.extra_losses(extra, self.tasks, self._steps.layout.extras)
         if not torch.is_grad_enabled():
             return self._total(given.vector(self.tasks, self._branch.head_outputs), extra)
-        paused = self._optimizers.repeats
+        paused = self._optimizers.begins()
         self._check_order(given, paused)
         v = given.vector(self.tasks, self._branch.head_outputs)
         self._window.called |= self._branch.called
@@ -171,7 +171,7 @@ class Loop:
                 if hold_gradients(leaves, sharded):
                     raise errors.gradients_still_wait()
 
-            total.register_hook(look)
+            total.register_hook(look)  # type: ignore[no-untyped-call]
         if self._optimizers.never_steps:
             self._verdict.warn_once("unstepped", errors.windows_without_steps())
         if self._optimizers.doubles:

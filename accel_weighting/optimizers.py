@@ -71,19 +71,22 @@ class OptimizerWatch:
         self._built_at = self._steps.begun
         self._opened_at: int | None = None  # optimizer steps begun when the last window was opened
         self._in_step = False  # and whether that was inside one
+        self._repeated = False
         self._unstepped = self._doubled = 0
 
     @property
     def repeats(self) -> bool:
-        """Whether this pass leaves no trace: it was said, or it is a further one of the same optimizer step.
+        """Whether the pass that is going on leaves no trace."""
+        return self.paused or (self._repeated and self._steps.running)
+
+    def begins(self) -> bool:
+        """A pass begins; whether it leaves no trace: it was said, or it is a further one of the same optimizer step.
 
         That is, a closure that runs again, or one that runs though the pass of this step came before it.
         """
-        if self.paused:
-            return True
-        if not self._steps.running or self._opened_at is None:
-            return False
-        return self._opened_at == self._steps.begun - (not self._in_step)
+        last = self._steps.begun - (not self._in_step)
+        self._repeated = self._opened_at == last and self._steps.running
+        return self.repeats
 
     def opens(self, prepared: bool) -> bool:
         """A window opens; whether the gradients of the last one may be waiting for an optimizer still.
