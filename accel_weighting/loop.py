@@ -234,12 +234,13 @@ class Loop:
         if not micro_batch.record:
             return
         self._verdict.warn_of_half_precision(given.named)
+        extras = {name: loss.detach() for name, loss in extra.items()}
         if several is None:
             window.record(seen, given.present, given.counts)
+            window.record_extras(extras)
         else:
             several.add(seen, given)
-        if extra:
-            window.record_extras({name: loss.detach() for name, loss in extra.items()})
+            several.add_extras(extras)
 
     def step(self) -> None:
         """Closes the window: one all-reduce, the verdict, the update. A no-op while gradients accumulate.
@@ -291,6 +292,7 @@ class Loop:
         self._several = None
         if several.losses is not None:
             self._window.record(several.losses, frozenset(several.present), several.counts(len(self.tasks)))
+            self._window.record_extras(several.extras)
             self._window.split |= several.apart and self._steps.layout.matrices is None
         if self._window.opened:
             self._window.due = self._sync if last is None else last
