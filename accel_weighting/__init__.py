@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from .methods.aligned_mtl import AlignedMTL
 from .methods.balancer import GradientBalancer
 from .methods.cagrad import CAGrad
+from .methods.carry import CarryForward
 from .methods.coba import CoBa
 from .methods.config import ConFIG
 from .methods.cov import CoVWeighting
@@ -51,6 +52,7 @@ __all__ = [
     "UWSO",
     "AlignedMTL",
     "CAGrad",
+    "CarryForward",
     "Clamp",
     "CoBa",
     "CoVWeighting",

@@ -345,7 +345,7 @@ class Branch(Gathering):
 
     def _tapped(self, zs: Sequence[Tensor]) -> Sequence[Aliases]:
         """For every tensor the aliases that are made and measured one by one; nothing where they are to be joined."""
-        if self._tap_above == math.inf or torch.jit.is_tracing():
+        if self._tap_above == math.inf or torch._C._is_tracing():
             return ()
         if len(self.tasks) * sum(z.numel() for z in zs) < self._tap_above:
             return ()

@@ -435,3 +435,12 @@ def windows_without_steps() -> str:
         "before: weights move at every window. Passes that are not for an optimizer step of their own (SAM's second "
         "pass, a line search) go into `with weighter.paused():`."
     )
+
+
+def two_windows_per_step() -> str:
+    """Every optimizer step had more than one window."""
+    return (
+        "Each of the last 20 optimizer steps had two windows or more, and the gradients of all but the last were taken "
+        "away: weights move at every window, and so within an optimizer step. A pass that is not for a step of its own "
+        "(SAM's second pass, a line search) goes into `with weighter.paused():`."
+    )

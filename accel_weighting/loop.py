@@ -14,7 +14,7 @@ from . import checks, errors
 from .audit import Audit
 from .branch import Branch
 from .losses import Bounds, Given, Losses, NumItems, Several
-from .optimizers import OptimizerWatch
+from .optimizers import OptimizerWatch, hold_gradients
 from .processes import left_waiting
 from .rotations import Rotations, were_folded
 from .state import WeighterState
@@ -125,7 +125,7 @@ class Loop:
         extra = checks.extra_losses(extra, self.tasks, self._steps.layout.extras)
         if not torch.is_grad_enabled():
             return self._total(given.vector(self.tasks, self._branch.head_outputs), extra)
-        paused = self._optimizers.repeats
+        paused = self._optimizers.begins()
         self._check_order(given, paused)
         v = given.vector(self.tasks, self._branch.head_outputs)
         self._window.called |= self._branch.called
@@ -137,6 +137,8 @@ class Loop:
         self._branch.forget()
         total = self._total(v, extra, given if record else None, paused)
         self._say_what_its_backward_needs(micro_batch, given, v.detach())
+        if not self._window.opened and not paused:
+            self._look_for_an_optimizer(given, total)
         if not paused:
             self._enter(micro_batch, given, v.detach(), extra, last, freeze)
         if record or self.method.acts_on == "shared":
@@ -154,19 +156,30 @@ class Loop:
             raise errors.head_moved_in_a_forward(moved)
         if self._window.due and not paused:
             raise errors.window_not_closed()
-        if not self._window.opened and not paused:
-            self._look_for_an_optimizer(given)
 
-    def _look_for_an_optimizer(self, given: Given) -> None:
-        """A window opens: an optimizer must have used the gradients of the last one."""
-        kind = None if self.accelerator is None else self.accelerator.distributed_type.value
+    def _look_for_an_optimizer(self, given: Given, total: Tensor) -> None:
+        """A window opens: an optimizer must have used the gradients of the last one before this backward begins.
+
+        They are looked at in the backward, since ``zero_grad`` may come between ``combine`` and it.
+        """
+        accelerator = self.accelerator
+        kind = None if accelerator is None else accelerator.distributed_type.value
         if kind == "DEEPSPEED":  # which steps inside of its backward
             return
-        prepared = bool(getattr(self.accelerator, "_optimizers", ()))
-        if self._optimizers.opens(given.named.values(), prepared):
-            raise errors.gradients_still_wait()
+        prepared = list(getattr(accelerator, "_optimizers", ()))
+        if self._optimizers.opens(bool(prepared)) and total.requires_grad:
+            leaves = list(given.named.values())
+            sharded = prepared if kind == "FSDP" else []
+
+            def look(_: Tensor) -> None:
+                if hold_gradients(leaves, sharded):
+                    raise errors.gradients_still_wait()
+
+            total.register_hook(look)  # type: ignore[no-untyped-call]
         if self._optimizers.never_steps:
             self._verdict.warn_once("unstepped", errors.windows_without_steps())
+        if self._optimizers.doubles:
+            self._verdict.warn_once("doubled", errors.two_windows_per_step())
 
     def _total(
         self, v: Tensor, extra: Mapping[str, Tensor], recorded: Given | None = None, paused: bool = False
@@ -226,12 +239,13 @@ class Loop:
         if not micro_batch.record:
             return
         self._verdict.warn_of_half_precision(given.named)
+        extras = {name: loss.detach() for name, loss in extra.items()}
         if several is None:
             window.record(seen, given.present, given.counts)
+            window.record_extras(extras)
         else:
             several.add(seen, given)
-        if extra:
-            window.record_extras({name: loss.detach() for name, loss in extra.items()})
+            several.add_extras(extras)
 
     def step(self) -> None:
         """Closes the window: one all-reduce, the verdict, the update. A no-op while gradients accumulate.
@@ -283,6 +297,7 @@ class Loop:
         self._several = None
         if several.losses is not None:
             self._window.record(several.losses, frozenset(several.present), several.counts(len(self.tasks)))
+            self._window.record_extras(several.extras)
             self._window.split |= several.apart and self._steps.layout.matrices is None
         if self._window.opened:
             self._window.due = self._sync if last is None else last

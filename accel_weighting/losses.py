@@ -112,6 +112,7 @@ class Several:
     def __init__(self) -> None:
         self.losses: Tensor | None = None
         self.present: set[int] = set()
+        self.extras: dict[str, Tensor] = {}
         self._counts: dict[int, float] = {}
         self._calls: list[frozenset[int]] = []
 
@@ -135,6 +136,11 @@ class Several:
         self.losses = losses if self.losses is None else self.losses + losses.to(self.losses)
         self.present |= given.present
         self._calls.append(given.present)
+
+    def add_extras(self, losses: Mapping[str, Tensor]) -> None:
+        """Detached losses of one call that were added as they are."""
+        for name, loss in losses.items():
+            self.extras[name] = self.extras[name] + loss if name in self.extras else loss
 
     def counts(self, tasks: int) -> list[float] | None:
         """Items per task, or None if nothing was counted."""

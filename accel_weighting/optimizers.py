@@ -6,14 +6,20 @@ A window is what lies between two optimizer steps. Where a loop accumulates by h
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 PATIENCE = 20
-"""Windows without an optimizer step and without left gradients after which it is not looked for any more."""
+"""Windows without an optimizer step and without left gradients after which it is not looked for any more, and optimizer
+steps with two windows each after which that is said."""
 
 
 class _Steps:
@@ -27,6 +33,19 @@ class _Steps:
 
     def after(self, *_: Any) -> None:
         self.ended += 1
+
+    @property
+    def running(self) -> bool:
+        """Whether this code is called by an optimizer's step, as a closure is."""
+        if self.begun <= self.ended:
+            return False
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_name == "step" and isinstance(frame.f_locals.get("self"), Optimizer):
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+        self.ended = self.begun  # a step ended in an exception
+        return False
 
 
 @functools.cache
@@ -42,52 +61,68 @@ class OptimizerWatch:
 
     Attributes:
         paused: Whether the user said that passes leave no trace.
+        never_steps: Whether so many windows in a row had no optimizer step, though their gradients were taken away.
+        doubles: Whether so many optimizer steps in a row had two windows, the first of whose gradients were taken away.
     """
 
     def __init__(self) -> None:
-        self.paused = False
+        self.paused = self.never_steps = self.doubles = False
         self._steps = _steps()
         self._built_at = self._steps.begun
         self._opened_at: int | None = None  # optimizer steps begun when the last window was opened
-        self._unstepped = 0
+        self._in_step = False  # and whether that was inside one
+        self._repeated = False
+        self._unstepped = self._doubled = 0
 
     @property
     def repeats(self) -> bool:
-        """Whether this pass leaves no trace: it was said, or an optimizer runs its closure again in the same step."""
-        running = self._steps.begun > self._steps.ended
-        return self.paused or (running and self._opened_at == self._steps.begun)
+        """Whether the pass that is going on leaves no trace."""
+        return self.paused or (self._repeated and self._steps.running)
 
-    def opens(self, losses: Iterable[Tensor], prepared: bool) -> bool:
-        """A window opens; whether the gradients of the last one are still waiting for an optimizer.
+    def begins(self) -> bool:
+        """A pass begins; whether it leaves no trace: it was said, or it is a further one of the same optimizer step.
+
+        That is, a closure that runs again, or one that runs though the pass of this step came before it.
+        """
+        last = self._steps.begun - (not self._in_step)
+        self._repeated = self._opened_at == last and self._steps.running
+        return self.repeats
+
+    def opens(self, prepared: bool) -> bool:
+        """A window opens; whether the gradients of the last one may be waiting for an optimizer still.
 
         Args:
-            losses: Those of its first micro-batch.
             prepared: Whether an optimizer is known to be there though none has stepped yet.
         """
         stepped = self._opened_at is None or self._steps.begun > self._opened_at
         used = prepared or self._steps.begun > self._built_at
-        self._opened_at = self._steps.begun
+        self._opened_at, self._in_step = self._steps.begun, self._steps.running
+        if stepped:
+            self._doubled = self._doubled + 1 if self._unstepped else 0
+            self.doubles = self._doubled == PATIENCE
         if stepped or not used:
-            self._unstepped = 0
-            return False
-        if self._unstepped >= PATIENCE:
+            self._unstepped, self.never_steps = 0, False
             return False
         self._unstepped += 1
-        return _hold_gradients(losses)
-
-    @property
-    def never_steps(self) -> bool:
-        """Whether so many windows in a row had no optimizer step, though their gradients were taken away."""
-        return self._unstepped == PATIENCE
+        self.never_steps = self._unstepped == PATIENCE
+        return self._unstepped < PATIENCE
 
 
-def _hold_gradients(losses: Iterable[Tensor]) -> bool:
-    """Whether parameters of these losses hold gradients: finite ones (a skipped step's are not), and not only zeros."""
+def hold_gradients(losses: Iterable[Tensor], prepared: Iterable[Any]) -> bool:
+    """Whether parameters of these losses hold gradients: finite ones (a skipped step's are not), and not only zeros.
+
+    Args:
+        losses: Those of a micro-batch.
+        prepared: Optimizers whose parameters are looked at too: those of an engine that shards are no leaves.
+    """
+    groups = [group for optimizer in prepared for group in optimizer.param_groups]
+    sharded = [parameter for group in groups for parameter in group["params"]]
     found = False
-    for parameter in _parameters(losses):
+    for parameter in [*_parameters(losses), *sharded]:
         gradient = parameter.grad
         if gradient is None:
             continue
+        gradient = getattr(gradient, "_local_tensor", gradient)  # of a DTensor, without a collective
         total = float(gradient.detach().abs().sum())
         if total != total or total == float("inf"):
             return False

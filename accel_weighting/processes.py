@@ -152,14 +152,15 @@ class Processes:
             if launched != 1 and accelerator.num_processes == 1:
                 checks.started_alone(launched)
         alone = not initialized
-        self.number = 0
+        self._own = _Own(group)
         if group is None and initialized and accelerator is not None:
             group, alone = _find_group(accelerator)
             if not alone:
-                group, self.number = _own_group(group, use_local_synchronization=group is not None)
+                self._own = _own_group(group, use_local_synchronization=group is not None)
         elif group is not None:
-            group, self.number = _own_group(group, use_local_synchronization=True)
-        self.group = group
+            self._own = _own_group(group, use_local_synchronization=True)
+        self.number = self._own.weighters
+        self.group = group = self._own.group
         self.world = 1 if alone else dist.get_world_size(group)
         self.rank = 0 if alone else dist.get_rank(group)
         self._first = True
@@ -222,21 +223,25 @@ class Processes:
         if self.world == 1:
             return [item]
         self._first = True  # those who disagree may send vectors of different lengths again
+        self._own.length = FIRST
         items: list[Any] = [None] * self.world
         dist.all_gather_object(items, item, group=self.group)
         return items
 
     def _sum(self, vector: Tensor, signature: int) -> Tensor:
+        length = len(vector)
         if not self._first:
+            if length < self._own.length:
+                vector = torch.cat([vector, vector.new_zeros(self._own.length - length)])
             self._all_reduce(vector)
-            return vector
+            return vector[:length]
         self._first = False
-        padded = torch.zeros(max(FIRST, len(vector)), dtype=torch.float64, device=vector.device)
-        padded[: len(vector)] = vector
+        self._own.length = max(self._own.length, min(length, FIRST))
+        padded = torch.cat([vector, vector.new_zeros(max(FIRST - length, 0))])
         self._all_reduce(padded[:FIRST])
-        if len(vector) > FIRST and _agreed(self.world, padded[:signature].tolist()):
+        if length > FIRST and _agreed(self.world, padded[:signature].tolist()):
             self._all_reduce(padded[FIRST:])
-        return padded[: len(vector)]
+        return padded[:length]
 
     def _all_reduce(self, vector: Tensor) -> None:
         if self.world > 1:
@@ -259,18 +264,27 @@ def _find_group(accelerator: Any) -> tuple[dist.ProcessGroup | None, bool]:
 
 @dataclass
 class _Own:
-    """The group that all weighters over the same processes share, and how many of them there were."""
+    """What all weighters over the same processes share.
 
-    group: dist.ProcessGroup
+    Attributes:
+        group: Their process group.
+        weighters: How many there were.
+        length: To which their vectors are filled up, so that two weighters that step in opposite orders on two
+            processes meet, and say so: the longest of them, at most ``FIRST``. Every process sees the same collectives
+            in the same order, and so the same length.
+    """
+
+    group: dist.ProcessGroup | None
     weighters: int = 0
+    length: int = 0
 
 
 _OWN: dict[tuple[Any, ...], _Own] = {}
 """By the world that the group was made in, its processes and its timeout."""
 
 
-def _own_group(group: dist.ProcessGroup | None, use_local_synchronization: bool) -> tuple[dist.ProcessGroup, int]:
-    """A group of the same processes (None: all) with the same timeout, and which weighter in it this is."""
+def _own_group(group: dist.ProcessGroup | None, use_local_synchronization: bool) -> _Own:
+    """The group of the same processes (None: all) with the same timeout, which has one weighter more now."""
     found = dist.group.WORLD if group is None else group
     assert found is not None
     device = torch.device("cuda" if "nccl" in dist.get_backend(found) else "cpu")
@@ -286,4 +300,4 @@ def _own_group(group: dist.ProcessGroup | None, use_local_synchronization: bool)
         _OWN[key] = _Own(made)
     own = _OWN[key]
     own.weighters += 1
-    return own.group, own.weighters
+    return own

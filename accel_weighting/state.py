@@ -22,7 +22,7 @@ KIND = "accel_weighting.Weighter"
 VERSION = 1
 """Of the saved form."""
 
-NOT_TAKEN_OVER = ("rotations", "fixed", "settings")
+NOT_TAKEN_OVER = ("rotations", "fixed", "settings", "pairs")
 """Entries of a method's state that another weighter's checkpoint does not change; rotations go their own way."""
 
 Vector = NDArray[np.float64]

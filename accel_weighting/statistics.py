@@ -27,8 +27,9 @@ State = dict[str, NDArray[Any]]
 
 Task k's share of an entry is its row k; what has nothing to do with single tasks is an array without dimensions, or
 ``[1, ...]``. ``"fixed"`` is what follows from the hyperparameters alone, weights included, and ``"settings"`` what
-does so and leaves weights to move: no checkpoint of others changes them. The one entry that is a torch tensor, on the
-device, is the ``"rotations"`` of a rotating method.
+does so and leaves weights to move: no checkpoint of others changes them. ``"pairs"`` is ``[K, K]``, and begins anew
+where a checkpoint of other tasks is loaded. The one entry that is a torch tensor, on the device, is the ``"rotations"``
+of a rotating method.
 """
 
 InitialWeights = Mapping[str, float] | Sequence[float] | NDArray[Any] | Tensor | None

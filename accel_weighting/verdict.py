@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -135,7 +135,7 @@ class Verdict:
         everyone = self._processes.gather((description, state.snapshot()))
         descriptions, snapshots = zip(*everyone, strict=True)
         settled = [*self._built, *self._facts.settings(), "step"]
-        if all(d[name] == descriptions[0][name] for d in descriptions for name in settled) and _alike(snapshots):
+        if all(d[name] == descriptions[0][name] for d in descriptions for name in settled) and _rounded(snapshots):
             state.adopt(snapshots[0])
             self.warn_once("healed", _healed(step))
             return
@@ -235,17 +235,23 @@ class Verdict:
         if np.count_nonzero(M.diagonal()) > 1 and np.count_nonzero(M) == np.count_nonzero(M.diagonal()):
             self.warn_once("shared", _no_sample_is_shared(repr(self._method), "moments" in self._needs))
 
-    def notice_update(self, statistics: Statistics, moved: bool) -> None:
+    def notice_update(self, statistics: Statistics, state: WeighterState, moved: bool) -> None:
         """Windows that hold one task each: weights that are compared with each other cannot move.
 
         Args:
             statistics: Of the window.
+            state: What the method answered with.
             moved: Whether the weights are others than before.
         """
         alone = len(self._tasks) > 1 and np.count_nonzero(statistics.present) == 1 and not moved
         self._alone = self._alone + 1 if alone else 0
-        if self._alone == ALONE:
-            self.warn_once("alone", _one_task_per_window(repr(self._method)))
+        if self._alone == ALONE and (self._method.needs or self._would_move(statistics, state)):
+            self.warn_once("alone", _one_task_per_window(self._method))
+
+    def _would_move(self, statistics: Statistics, state: WeighterState) -> bool:
+        """Whether the weights of a method that reads nothing change where all tasks are there: constants do not."""
+        everyone = replace(statistics, present=np.ones_like(statistics.present))
+        return not np.array_equal(self._method.update(state.method_state, everyone)[0], state.weights)
 
     def warn_of_half_precision(self, losses: Mapping[str, Tensor]) -> None:
         """Once, where a loss comes in half precision."""
@@ -267,13 +273,13 @@ ROUNDING = 1e-6
 """Difference, relative to the largest entry of a vector, that the rounding of different machines explains."""
 
 
-def _alike(snapshots: Sequence[Mapping[str, NDArray[Any]]]) -> bool:
-    """Whether weights and states differ by rounding alone."""
-    first = snapshots[0]
-    return all(
-        other.keys() == first.keys() and all(_close(other[name], value) for name, value in first.items())
-        for other in snapshots[1:]
-    )
+def _rounded(snapshots: Sequence[Mapping[str, NDArray[Any]]]) -> bool:
+    """Whether weights and states differ, and by rounding alone. Where they do not differ, the sum was wrong."""
+    first, *others = snapshots
+    if any(other.keys() != first.keys() for other in others):
+        return False
+    pairs = [(other[name], value) for other in others for name, value in first.items()]
+    return any(a.tobytes() != b.tobytes() for a, b in pairs) and all(_close(a, b) for a, b in pairs)
 
 
 def _close(a: NDArray[Any], b: NDArray[Any]) -> bool:
@@ -376,12 +382,14 @@ def _not_finite(what: str, found: Sequence[tuple[str, str]], step: int) -> str:
     return f"{'; '.join(parts)} at optimizer step {step}; weights are held."
 
 
-def _one_task_per_window(method: str) -> str:
+def _one_task_per_window(method: Method) -> str:
     """Nothing can be compared."""
+    carries = "CarryForward(" in repr(method)
+    carry = "more `steps` of `CarryForward`" if carries else "compare each task's last values, `CarryForward(method)`"
     return (
-        f"The last {ALONE} windows held one task each, and the weights of {method} did not move: it compares tasks "
+        f"The last {ALONE} windows held one task each, and the weights of {method!r} did not move: it compares tasks "
         "that are in one window. Let a window hold several tasks (accumulate over the data sets, "
-        "`with weighter.micro_batch():`), or compare each task's last values, `CarryForward(method)`."
+        f"`with weighter.micro_batch():`), or {carry}."
     )
 
 

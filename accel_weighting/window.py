@@ -300,6 +300,8 @@ class Window:
 
     def record_extras(self, losses: Mapping[str, Tensor]) -> None:
         """Losses of a micro-batch that were added as they are, detached."""
+        if not losses:
+            return
         device = self._sums["losses"].device
         row = [torch.zeros((), dtype=torch.float64, device=device)] * EXTRAS
         for name, loss in losses.items():

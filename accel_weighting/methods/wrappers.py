@@ -103,15 +103,24 @@ class _Wrapper(Method):
     def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """The method's update, and its weights as this wrapper changes them."""
         w, inner = self.method.update(_inner(state), statistics)
-        w = self._changed(state, w, statistics.present)
+        w = self._changed(state, w, self._moving(statistics))
         return w, {"weights": w, "updates": np.asarray(state["updates"] + 1)} | _prefixed(inner)
 
     def weigh(self, state: State, statistics: Statistics) -> Array:
         """The method's weights for these very statistics, as this wrapper changes them."""
-        return self._changed(state, self.method.weigh(_inner(state), statistics), statistics.present)
+        return self._changed(state, self.method.weigh(_inner(state), statistics), self._moving(statistics))
+
+    @property
+    def carries(self) -> bool:
+        """Whether the weights of absent tasks move too."""
+        return bool(getattr(self.method, "carries", False))
+
+    def _moving(self, statistics: Statistics) -> Mask:
+        """The tasks whose weights may have moved."""
+        return np.ones_like(statistics.present) if self.carries else statistics.present
 
     def _changed(self, state: State, w: Array, present: Mask) -> Array:
-        """The method's new weights ``w``, changed; ``state`` is the one before the update."""
+        """The method's new weights ``w`` of the ``present``, changed; ``state`` is the one before the update."""
         raise NotImplementedError
 
     def _keep_absent(self, old: Array, new: Array, present: Mask) -> Array:

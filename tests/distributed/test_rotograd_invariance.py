@@ -74,9 +74,9 @@ def _train(engine: str, cell: Cell, sabotaged: bool) -> Run:
     step = Weighter.step
 
     def recorded(self: Weighter) -> None:
-        before = self._state.step
+        before = self._progress.step
         step(self)
-        if self._state.step > before:
+        if self._progress.step > before:
             moments.append(self.statistics.moments)
             rotations.append(torch.stack(list(self.rotations.values())).double())
 

@@ -21,6 +21,7 @@ from accel_weighting import (
     UWSO,
     AlignedMTL,
     CAGrad,
+    CarryForward,
     Clamp,
     CoBa,
     ConFIG,
@@ -71,6 +72,7 @@ class Row:
     rtol: float = 1e-8  # of the invariances
     moves: bool = True  # whether the weights change within a run of a few steps
     lag_0: bool = False  # whether it is tried at lag=0
+    carries: bool = False  # whether the weight of an absent task may change
 
     def build(self, tasks: list[str]) -> Method:
         return self.method if isinstance(self.method, Method) else self.method(tasks)
@@ -200,5 +202,7 @@ CATALOGUE = [
     Row("every", Every(GradNorm(), 2), total="tasks", loss_units=True),
     Row("every config", Every(ConFIG(), 2), positive=False, lag_0=True, **UNITS),
     Row("every smooth rotograd", Every(Smooth(RotoGrad(lr=0.1), 0.5), 2), **UNITS),
+    Row("carry", CarryForward(GradNorm(lr=0.1)), total="tasks", loss_units=True, carries=True),
+    Row("carry cov", CarryForward(CoVWeighting(), 2), total="one", carries=True, **UNITS),
     Row("nested", Smooth(Clamp(Every(GradNorm(), 2), 0.9, 1.1), 0.5), total="tasks", loss_units=True),
 ]

@@ -111,7 +111,7 @@ def test_row_12_an_update_keeps_what_it_promises(row, run):
         seen_before, state_before = ({k: v.copy() for k, v in d.items()} for d in (seen, state))
         after, next_state = method.update(state, statistics)
         check_weights(row, after, K)
-        assert np.array_equal(w[~statistics.present], after[~statistics.present])
+        assert row.carries or np.array_equal(w[~statistics.present], after[~statistics.present])
         for now, then in ((seen, seen_before), (state, state_before)):
             assert all(np.array_equal(now[key], then[key]) for key in then) and now.keys() == then.keys()
         form, next_form = ({k: (v.shape, v.dtype) for k, v in s.items()} for s in (state, next_state))

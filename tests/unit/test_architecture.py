@@ -175,6 +175,7 @@ def test_public_names() -> None:
         [
             "AlignedMTL",
             "CAGrad",
+            "CarryForward",
             "Clamp",
             "CoBa",
             "CoVWeighting",
