@@ -49,7 +49,7 @@ def test_a_sum_in_place_of_losses():
     trunk, heads, x = parts()
     weighter = Weighter(GRADNORM, ["a", "b"], heads=dict(heads))
     z = trunk(x)
-    with pytest.raises(ValueError, match=r"must come unsummed.*combine\(losses\) \+ extra"):
+    with pytest.raises(ValueError, match=r"must come unsummed.*`extra=\{name: loss\}`"):
         weighter.backward(mean(heads["a"](z)) + mean(heads["b"](z)))
 
 
@@ -71,6 +71,7 @@ def test_losses_that_never_come_to_the_weighter_are_said_once(caplog):
     said = [r.getMessage() for r in caplog.records if "no losses came to the weighter" in r.getMessage()]
     assert len(said) == 1 and "accelerator.backward(sum of losses)" in said[0]
     caplog.clear()
+    weighter.detach()
     weighter = Weighter(GRADNORM, ["a", "b"], heads=dict(model.heads))
     for _ in range(250):
         weighter.backward([mean(y) for y in model(x)])
