@@ -392,6 +392,7 @@ def test_taps_are_walked_to_as_joins_are():
     weighter.backward(torch.stack([heads[t](z) for t in "ab"]).square().mean((1, 2)))
     assert seen(weighter) == SILENT
     named = Named(6)
+    weighter.detach()
     weighter = tapped(GRADNORM, {"a": heads["a"], "b": (named, "memory")})
     early = trunk[1](trunk[0](x))
     z = trunk[2](early)
