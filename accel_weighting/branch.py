@@ -272,7 +272,7 @@ class Branch(Gathering):
             inputs = self.shared_layer.input_for(zs[0])
         elif self.rotations is not None and self.rotations.cooperative:
             inputs = zs[0].detach()
-        if not torch.compiler.is_compiling():
+        if self.heads is None and not torch.compiler.is_compiling():
             self._before_join()
         flat: tuple[Tensor, ...]
         flat = self._join_of_tasks.apply(inputs, mask, self.key, K, *with_graph)  # type: ignore[no-untyped-call]
@@ -281,7 +281,7 @@ class Branch(Gathering):
 
     def _before_join(self) -> None:
         """What is to be known, or said, of a join that is not compiled."""
-        if torch._C._get_tracing_state() is not None:
+        if torch._C._get_tracing_state() is not None and not self._passes():
             raise errors.traced()
         if parametrize._cache_enabled:
             self.parametrized.update(w.grad_fn for w in parametrize._cache.values() if isinstance(w, Tensor))
@@ -307,6 +307,7 @@ class Branch(Gathering):
             forward, missing = Forward(graph_task), list(zs)
         if missing:
             missing = _distinct(missing)
+            self._before_join()
             divided = self._tapped(missing) or self._join(missing)
             forward.joined += [(z, 0, aliases) for z, aliases in zip(missing, divided, strict=True)]
         forward.taken.add(k)

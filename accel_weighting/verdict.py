@@ -86,6 +86,8 @@ class Verdict:
         self._needs, self._positive = method.needs, method.positive_losses
         self._built = {"tasks": list(tasks), "method": repr(method), "weighter number": processes.number}
         self._signed: tuple[Mapping[str, Any], list[int]] = {}, []
+        measured = method.measures(self._tasks) if method.needs & GRADIENTS else ()
+        self._measured = np.array([task in measured for task in self._tasks])
         self._warned: set[str] = set()
         self._alone = 0
         self._unseen, self._windows = set(self._tasks), 0
@@ -217,7 +219,7 @@ class Verdict:
             raise _negative_losses(repr(self._method), names, statistics.losses[negative].tolist(), statistics.step)
 
     def _check_gradients(self, sums: Sums, statistics: Statistics, window: Window) -> None:
-        missed = statistics.present & (sums.arrived == 0)
+        missed = statistics.present & (sums.arrived == 0) & self._measured
         if missed.any():
             names = [task for task, is_missed in zip(self._tasks, missed, strict=True) if is_missed]
             raise self._facts.why_missed(names, window)

@@ -153,7 +153,8 @@ class Weighter(Loop, Readings):
         if method.needs & GRADIENTS:
             forbidden = _Facts(me, layout).why_no_probe
             acts = method.acts_on == "shared"
-            self._audit = Audit(self.tasks, repr(method), acts, self._verdict.warn_once, forbidden)
+            measured = method.measures(self.tasks)
+            self._audit = Audit(self.tasks, repr(method), acts, self._verdict.warn_once, forbidden, measured)
         self._window = Window(layout)
         self._optimizers = OptimizerWatch()
         self._several = None

@@ -32,7 +32,7 @@ def left_out(engine: str) -> tuple[list[float], list[bool]]:
     accelerator = accelerator_for(engine)
     torch.manual_seed(0)
     net = Model(SHAPES["a skip connection"])
-    model, _ = accelerator.prepare(net, torch.optim.SGD(net.parameters(), 0.1))
+    model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), 0.1))
     weighter = Weighter(
         GradNorm(alpha=0.0),
         ["a", "b"],
@@ -44,7 +44,10 @@ def left_out(engine: str) -> tuple[list[float], list[bool]]:
         torch.manual_seed(step)
         losses = losses_of(model(torch.randn(2, 5, 4).double()))
         weighter.backward({"ab"[accelerator.process_index]: losses["ab"[accelerator.process_index]]})
-    return list(weighter.weights.values()), [p.grad is not None for p in model.parameters()]
+        there = [p.grad is not None for p in model.parameters()]
+        optimizer.step()
+        optimizer.zero_grad()
+    return list(weighter.weights.values()), there
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp1", "fsdp2"])

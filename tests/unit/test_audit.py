@@ -368,3 +368,50 @@ def test_a_bert_of_twelve_layers_takes_a_thousand_nodes():
     weighter.backward({t: mean(heads[t](h)) for t in "abcd"})
     assert seen(weighter) == SILENT and weighter._audit.findings.visited < 1200  # 5 ms
     assert logging.getLogger("accel_weighting").level == logging.NOTSET
+
+
+# ---- large tensors, whose gradients are measured one by one ----------------------------------------------------------
+
+
+def tapped(method, heads):
+    weighter = Weighter(method, list(heads), heads=heads)
+    weighter._branch._tap_above = 0  # whatever the size
+    return weighter
+
+
+def test_taps_are_walked_to_as_joins_are():
+    trunk, heads, x = parts()
+    weighter = tapped(GRADNORM, dict(heads))
+    z = trunk(x)
+    a, b = heads["a"](z), heads["b"](z)
+    with pytest.raises(RuntimeError, match="loss `b` arrives at the alias of `a`"):
+        weighter.backward({"a": mean(a), "b": mean(b - a)})
+    trunk, heads, x = parts()
+    weighter = tapped(GRADNORM, dict(heads))
+    z = trunk(x)
+    weighter.backward(torch.stack([heads[t](z) for t in "ab"]).square().mean((1, 2)))
+    assert seen(weighter) == SILENT
+    named = Named(6)
+    weighter.detach()
+    weighter = tapped(GRADNORM, {"a": heads["a"], "b": (named, "memory")})
+    early = trunk[1](trunk[0](x))
+    z = trunk[2](early)
+    weighter.backward({"a": mean(heads["a"](z)), "b": mean(named(z, other=early))})
+    assert seen(weighter) == SILENT | {"passed_by": {"b": "Tanh"}}
+
+
+def test_taps_at_different_depths_are_said(caplog):
+    trunk, heads, x = parts()
+    weighter = tapped(GRADNORM, dict(heads))
+    early = trunk[1](trunk[0](x))
+    weighter.backward({"a": mean(heads["a"](early)), "b": mean(heads["b"](trunk[2](early)))})
+    assert len(depths(caplog)) == 1
+
+
+def test_tasks_that_are_not_measured_are_not_looked_at(caplog):
+    trunk, heads, x = parts()
+    weighter = Weighter(GradNorm(alpha=0.0, tasks=["a", "b"]), ["a", "b", "own"])
+    h = trunk(x)
+    z = weighter.branch(torch.tanh(h))
+    weighter.backward({"a": mean(heads["a"](z["a"])), "b": mean(heads["b"](z["b"])), "own": mean(h)})
+    assert seen(weighter) == SILENT and not caplog.records
