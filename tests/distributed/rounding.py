@@ -12,6 +12,7 @@ RANK = int(sys.argv[1]) if len(sys.argv) > 1 else 0
 os.environ |= {"RANK": str(RANK), "WORLD_SIZE": "2", "LOCAL_RANK": str(RANK), "MASTER_ADDR": "127.0.0.1"}
 if RANK:  # before torch looks
     os.environ |= {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
+    os.environ["NPY_DISABLE_CPU_FEATURES"] = "X86_V3 X86_V4 AVX512_ICL AVX512_SPR"  # those that are there
 
 
 def main(folder: str, steps: int) -> None:
