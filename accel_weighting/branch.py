@@ -9,23 +9,23 @@ are measured, and their sum goes on to the trunk. What arrives at the vector of 
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
+from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from . import errors, measure
+from . import errors
+from .gathering import Gathering
 from .heads import Call, Heads
-from .join import Gradients, Join, Taps, has_history, register, same
+from .join import Aliases, Forward, Taps, has_history, join_of, register, same
 from .rotations import Rotations
 from .shared_layer import SharedLayer
+from .statistics import Method
 from .structures import argument, can_be_shared, mapped, tensors_in
-from .window import MicroBatch
+from .tracing import graph_of, place
 
 
 def _graph_task() -> int:
@@ -33,39 +33,33 @@ def _graph_task() -> int:
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
+MANY = 200
+"""Joins without any `combine` after which something is said: the losses go another way."""
+
+
+def _exporting() -> bool:
+    """Whether ``torch.export`` is running; torch before 2.7 does not tell."""
+    return torch.compiler.is_compiling() and getattr(torch.compiler, "is_exporting", lambda: False)()
+
+
 def _in_transform() -> bool:
     """Whether a ``torch.func`` transform (vmap, grad, jacrev, jvp, …) is running."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-@dataclass
-class _Forward:
-    """The tensors that the heads of one forward share, each with its aliases."""
-
-    graph_task: int
-    joined: list[tuple[Tensor, Sequence[Tensor] | Taps]] = field(default_factory=list)
-    taken: set[int] = field(default_factory=set)
-
-    def aliases(self, z: Tensor) -> Sequence[Tensor] | Taps | None:
-        """Those of ``z``, or of the tensor that it is a view of; None if it is not known yet."""
-        for known, aliases in self.joined:
-            if same(known, z):
-                return aliases
-        return None
+WAITING = 1 << 20
+"""So many elements of gradients at z do not wait for each other where the method needs norms alone."""
 
 
-class _Pass:
-    """One backward of a micro-batch. Autograd holds it for as long as that backward runs, and nobody else does."""
-
-    def __init__(self, micro_batch: MicroBatch, ended: Callable[[MicroBatch], None]) -> None:
-        self.micro_batch = micro_batch
-        self._ended = ended
-
-    def __call__(self) -> None:
-        self._ended(self.micro_batch)
+def tap_above(method: Method, lag: int, at_layer: bool, cosines: bool | None) -> float:
+    """Elements of all gradients together from which on each is measured alone, where norms are enough."""
+    alone = method.acts_on == "losses" and not method.needs & {"gram", "moments"} and lag == 1
+    if cosines or not alone or at_layer:
+        return math.inf
+    return 0 if cosines is False else WAITING
 
 
-class Branch:
+class Branch(Gathering):
     """The branch point: divides z, and gives what the gradients came to to the window that they belong to.
 
     Args:
@@ -83,6 +77,10 @@ class Branch:
     Attributes:
         called: Tasks whose head was called in this forward.
         fed: Tasks whose head, or alias, had a history to send gradients back to.
+        reads: The shapes of what each task shares, as its gradients came first.
+        key: By which its joins are known in autograd's graph.
+        attached: How often heads were hooked.
+        parametrized: Nodes of parameters that were computed once in this forward, for several uses.
     """
 
     def __init__(
@@ -106,11 +104,14 @@ class Branch:
         self.shared_layer = shared_layer
         self._tap_above = tap_above
         self._passes, self._needs_gradients, self._warn_once = passes, needs_gradients, warn_once
-        self._pass: weakref.ref[_Pass] | None = None
-        self._forward: _Forward | None = None
+        self._forward: Forward | None = None
         self._outputs: dict[int, Any] = {}
         self._handles: list[RemovableHandle] = []
-        self._key = register(self)
+        self.reads: dict[int, tuple[torch.Size, ...]] = {}
+        self.parametrized: set[Any] = set()
+        self.attached = self._joins = 0
+        self._join_of_tasks = join_of(self.tasks)
+        self.key = register(self)
 
     def __deepcopy__(self, memo: Any) -> Branch:
         """Returns self: a copied model (an average, a teacher) keeps using this branch and its current rotations."""
@@ -121,6 +122,7 @@ class Branch:
     def attach(self) -> None:
         """Hooks the heads and the shared layer."""
         self.detach()
+        self.attached += 1
         if self.shared_layer is not None:
             self._handles.append(self.shared_layer.attach())
         if self.heads is not None:
@@ -150,6 +152,8 @@ class Branch:
         if self.shared_layer is not None:
             self.shared_layer.forget()
         self._outputs.clear()
+        self.parametrized = set()
+        self._joins = 0
         self.called, self.fed = set(), set()
 
     def before_head(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -177,7 +181,7 @@ class Branch:
         forward = self._forward
         if forward is None or len(args) != 1 or kwargs or torch.compiler.is_compiling():
             return None
-        known, aliases = forward.joined[0]
+        known, _, aliases = forward.joined[0]
         if args[0] is not known or not known.requires_grad or forward.graph_task != torch._C._current_graph_task_id():
             return None
         if not torch.is_grad_enabled():
@@ -222,8 +226,8 @@ class Branch:
         ``z`` is a tensor, or a list, tuple, dictionary or dataclass of tensors; so is what every task gets.
         """
         if isinstance(z, Tensor):
-            aliases = enumerate(zip(self.tasks, self._join([z], mask)[0], strict=True))
-            return {task: self._rotated(alias, k) for k, (task, alias) in aliases}
+            aliases = self._join([z], mask)[0]
+            return {task: self._rotated(aliases[k], k) for k, task in enumerate(self.tasks)}
         zs = [x for x in tensors_in(z) if can_be_shared(x)]
         if not zs:
             raise errors.branch_without_tensor(z)
@@ -231,16 +235,18 @@ class Branch:
             raise errors.several_tensors_rotated("branch")
         joined = dict(zip(map(id, zs), self._join(zs, mask), strict=True))
 
-        def of_task(k: int) -> Callable[[Tensor], Tensor]:
-            return lambda x: self._rotated(joined[id(x)][k], k) if id(x) in joined else x
+        def own(k: int) -> Any:
+            return mapped(z, lambda x: self._rotated(joined[id(x)][k], k) if id(x) in joined else x)
 
-        return {task: mapped(z, of_task(k)) for k, task in enumerate(self.tasks)}
+        return {task: own(k) for k, task in enumerate(self.tasks)}
 
     def _rotated(self, z: Tensor, k: int) -> Tensor:
         if self.rotations is None:
             return z
+        if _exporting() or torch._C._get_tracing_state() is not None:
+            raise errors.exported_rotations()
         if torch.compiler.is_compiling():
-            R = torch.ops.accel_weighting.rotation(z.detach(), self._key, k)
+            R = torch.ops.accel_weighting.rotation(z.detach(), self.key, k)
         else:
             R = self.rotations.matrices(z)[k]
         return self.rotations.rotated(z, R)
@@ -249,10 +255,10 @@ class Branch:
         """What head ``k`` gave in the last forward, tensors with a graph only."""
         return [o for o in tensors_in(self._outputs.get(k)) if o.requires_grad]
 
-    def _join(self, zs: Sequence[Tensor], mask: Tensor | None = None) -> list[Sequence[Tensor]]:
+    def _join(self, zs: Sequence[Tensor], mask: Tensor | None = None) -> list[Aliases]:
         """For every tensor one alias per task."""
         K = len(self.tasks)
-        undivided: list[Sequence[Tensor]] = [(z,) * K for z in zs]
+        undivided: list[Aliases] = [(z,) * K for z in zs]
         if not torch.is_grad_enabled() or _in_transform() or not (torch.compiler.is_compiling() or not self._passes()):
             return undivided
         with_graph = [z for z in zs if z.requires_grad]
@@ -266,10 +272,22 @@ class Branch:
             inputs = self.shared_layer.input_for(zs[0])
         elif self.rotations is not None and self.rotations.cooperative:
             inputs = zs[0].detach()
+        if not torch.compiler.is_compiling():
+            self._before_join()
         flat: tuple[Tensor, ...]
-        flat = Join.apply(inputs, mask, self._key, K, *with_graph)  # type: ignore[no-untyped-call]
+        flat = self._join_of_tasks.apply(inputs, mask, self.key, K, *with_graph)  # type: ignore[no-untyped-call]
         aliases = {id(z): flat[t * K : (t + 1) * K] for t, z in enumerate(with_graph)}
         return [aliases.get(id(z), whole) for z, whole in zip(zs, undivided, strict=True)]
+
+    def _before_join(self) -> None:
+        """What is to be known, or said, of a join that is not compiled."""
+        if torch._C._get_tracing_state() is not None:
+            raise errors.traced()
+        if parametrize._cache_enabled:
+            self.parametrized.update(w.grad_fn for w in parametrize._cache.values() if isinstance(w, Tensor))
+        self._joins += 1
+        if self._joins == MANY:
+            self._warn_once("never combined", errors.never_combined(MANY))
 
     def _alias(self, zs: Sequence[Tensor], k: int) -> list[Tensor]:
         """Head ``k``'s own alias of each tensor, from one join for all that are not divided yet."""
@@ -277,159 +295,69 @@ class Branch:
             raise errors.several_tensors_rotated(self.tasks[k])
         if not torch.is_grad_enabled() or _in_transform():
             return [self._rotated(z, k) for z in zs]
-        if not torch.compiler.is_compiling() and any(z.requires_grad for z in zs):
+        if torch.compiler.is_compiling():
+            return self._alias_compiled(zs, k)
+        if any(z.requires_grad for z in zs):
             self.fed.add(k)
         graph_task, forward = _graph_task(), self._forward
         if forward is None or forward.graph_task != graph_task:
-            forward = _Forward(graph_task)
+            forward = Forward(graph_task)
         missing = [z for z in zs if forward.aliases(z) is None]
         if missing and k in forward.taken:  # its head again, on something new: the next forward
-            forward, missing = _Forward(graph_task), list(zs)
-        missing = [z for i, z in enumerate(missing) if not any(same(z, other) for other in missing[:i])]
+            forward, missing = Forward(graph_task), list(zs)
         if missing:
-            forward.joined += zip(missing, self._tapped(missing) or self._join(missing), strict=True)
+            missing = _distinct(missing)
+            divided = self._tapped(missing) or self._join(missing)
+            forward.joined += [(z, 0, aliases) for z, aliases in zip(missing, divided, strict=True)]
         forward.taken.add(k)
         self._forward = forward
-        if len(forward.taken) == len(self.tasks) and torch.compiler.is_compiling():
-            self._forward = None  # what is left behind would be a second graph
-        divided = [forward.aliases(z) for z in zs]
-        return [self._rotated(aliases[k], k) for aliases in divided if aliases is not None]
+        return [self._rotated(forward.alias(z, k), k) for z in zs]
 
-    def _tapped(self, zs: Sequence[Tensor]) -> Sequence[Taps]:
+    def _alias_compiled(self, zs: Sequence[Tensor], k: int) -> list[Tensor]:
+        """The same in code that is compiled, where a tensor is known by its place in the trace.
+
+        What is left here at the end of a trace is an output of the graph, so the record is dropped when every head was
+        called in the graph where it began. For a head that is called again the aliases stay with the tensors that the
+        trace computed, which end with it.
+        """
+        kept, forward = f"_aliases_{self.key}", self._forward
+        places = [place(z) for z in zs]
+        graph = graph_of(places)
+        if forward is None or forward.graph_task != -1:
+            forward = Forward(-1, graph)
+        found: list[Aliases | None] = []
+        for z, at in zip(zs, places, strict=True):
+            aliases = forward.aliases(z, at)
+            found.append(getattr(z, kept, None) if aliases is None else aliases)
+        missing = [i for i, aliases in enumerate(found) if aliases is None]
+        if missing and k in forward.taken:
+            forward, missing = Forward(-1, graph), list(range(len(zs)))
+        if missing:
+            for i, aliases in zip(missing, self._join([zs[i] for i in missing]), strict=True):
+                found[i] = aliases
+                forward.joined.append((zs[i], places[i], aliases))
+                if places[i] > 0:
+                    setattr(zs[i], kept, aliases)
+        forward.taken.add(k)
+        dropped = forward.graph == graph and (len(forward.taken) == len(self.tasks) or not forward.joined)
+        self._forward = None if dropped else forward
+        return [self._rotated(aliases[k], k) for aliases in found if aliases is not None]
+
+    def _tapped(self, zs: Sequence[Tensor]) -> Sequence[Aliases]:
         """For every tensor the aliases that are made and measured one by one; nothing where they are to be joined."""
-        if torch.compiler.is_compiling() or len(self.tasks) * sum(z.numel() for z in zs) < self._tap_above:
+        if self._tap_above == math.inf or torch._C._is_tracing():
+            return ()
+        if len(self.tasks) * sum(z.numel() for z in zs) < self._tap_above:
             return ()
         if self._passes() or not all(z.requires_grad for z in zs):
             return ()
-        return [Taps(z, self._key) for z in zs]
+        return [Taps(z, self.key) for z in zs]
 
-    # ---- backward ----------------------------------------------------------------------------------------------
 
-    def watch(self, losses: Tensor, micro_batch: MicroBatch) -> None:
-        """From when a backward passes ``losses`` ``[K]`` to its end, gradients at the join belong to the micro-batch.
-
-        Any other gradient through the branch (a generator's step through the discriminator, a user's own
-        ``torch.autograd.grad``, a backward after one that was interrupted) passes unrecorded and unweighted.
-        """
-
-        def begins(factors: Tensor) -> None:
-            micro_batch.factors = micro_batch.window.factors = factors.detach()
-            running = _Pass(micro_batch, self._end_backward)
-            self._pass = weakref.ref(running)
-            Variable._execution_engine.queue_callback(running)
-
-        losses.register_hook(begins)  # type: ignore[no-untyped-call]
-
-    def _end_backward(self, micro_batch: MicroBatch) -> None:
-        self._pass = None
-        self.forget()
-        micro_batch.add_squares()
-        if self.shared_layer is None:  # at a layer's weight all samples meet
-            micro_batch.window.split |= micro_batch.record and micro_batch.split
-
-    @property
-    def _active(self) -> MicroBatch | None:
-        """The micro-batch whose backward runs."""
-        running = None if self._pass is None else self._pass()
-        return None if running is None else running.micro_batch
-
-    @property
-    def is_active(self) -> bool:
-        """Whether a micro-batch's backward runs."""
-        return self._active is not None
-
-    def notice_derivative(self) -> None:
-        """The running backward is that of a gradient which passed the join: a part of it reaches the trunk elsewhere.
-
-        Raises:
-            RuntimeError: The method needs the gradients at the join.
-        """
-        micro_batch = self._active
-        if micro_batch is None:
-            return
-        if self._needs_gradients:
-            raise errors.loss_on_derivatives()
-        micro_batch.window.derivatives = True
-
-    def collect(self, rows: Sequence[Gradients], inputs: Tensor | None, mask: Tensor | None) -> Tensor | None:
-        """Measures the gradients of one join.
-
-        Args:
-            rows: For every tensor one gradient per task, None where none came.
-            inputs: Of the shared layer, or z, where the measurement needs it.
-            mask: Which samples count.
-
-        Returns:
-            The weights of the sum that goes on to the trunk, ``[K]``; None: 1 each.
-        """
-        micro_batch = self._active
-        if micro_batch is None:
-            return None
-        some = next(g for tensor in rows for g in tensor if g is not None)
-        came = frozenset(k for tensor in rows for k, g in enumerate(tensor) if g is not None)
-        arrived = came & micro_batch.present
-        if micro_batch.decide is not None and micro_batch.collected:
-            raise errors.second_join_of_a_step()
-        if arrived or not micro_batch.present:
-            firsts = (next((g for g in tensor if g is not None), None) for tensor in rows)
-            micro_batch.collected.append((tuple(first.shape for first in firsts if first is not None), arrived))
-        if micro_batch.record:
-            micro_batch.window.arrived |= arrived
-        if micro_batch.decide is not None and not micro_batch.present:
-            # There is nothing to add, but the other processes wait for this one.
-            zeros = measure.wide(some.new_zeros(len(self.tasks), len(self.tasks)))
-            micro_batch.shared_weights = micro_batch.decide(zeros, arrived)
-        if arrived and (micro_batch.record or micro_batch.decide is not None):
-            with torch.no_grad():
-                here: Sequence[measure.Rows] = rows  # of which a stack may be there already
-                if arrived != came:
-                    here = [[g if k in arrived else None for k, g in enumerate(tensor)] for tensor in rows]
-                self._measure(micro_batch, arrived, here, inputs, mask)
-        return micro_batch.shared_weights
-
-    def _measure(
-        self,
-        micro_batch: MicroBatch,
-        arrived: frozenset[int],
-        rows: Sequence[measure.Rows],
-        inputs: Tensor | None,
-        mask: Tensor | None,
-    ) -> None:
-        """Adds what the gradients of one join are, free of their factors, to the window."""
-        c, window = micro_batch.divisors, micro_batch.window
-        if mask is not None:
-            dim = self._features(mask, inputs)
-            rows = [[None if g is None else g * mask.unsqueeze(dim) for g in tensor] for tensor in rows]
-        if self.shared_layer is not None:
-            assert inputs is not None
-            matrices = measure.layer_gradients(rows[0], self.shared_layer.layer, inputs)
-            window.add("gradients", matrices / c[:, None, None])
-            return
-        gram = measure.gram(rows) / torch.outer(c, c)
-        if micro_batch.decide is not None:
-            micro_batch.shared_weights = micro_batch.decide(gram, arrived)
-        if micro_batch.record:
-            window.add("gradients", gram)
-            if self.rotations is not None:
-                window.add("moments", self.rotations.cross_products(rows[0], c, inputs))
-
-    def _features(self, mask: Tensor, inputs: Tensor | None) -> int:
-        """Which dimension of z a mask lacks."""
-        if self.rotations is not None:
-            return self.rotations.dim
-        if self.shared_layer is not None and inputs is not None and mask.ndim + 1 == inputs.ndim:
-            return self.shared_layer.layer.features
-        return -1
-
-    def tap(self, k: int, g: Tensor) -> None:
-        """Measures the gradient of task ``k`` alone, as it passes."""
-        micro_batch = self._active
-        if micro_batch is None:
-            return
-        arrived = frozenset([k]) & micro_batch.present
-        if arrived or not micro_batch.present:
-            micro_batch.collected.append(((g.shape,), arrived))
-        if micro_batch.record and arrived:
-            micro_batch.window.arrived |= arrived
-            with torch.no_grad():
-                micro_batch.squares[k] = micro_batch.squares.get(k, 0.0) + measure.square(g)
+def _distinct(zs: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor once."""
+    found: list[Tensor] = []
+    for z in zs:
+        if not any(same(z, other) for other in found):
+            found.append(z)
+    return found

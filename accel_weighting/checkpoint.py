@@ -31,7 +31,7 @@ def problems(saved: Mapping[str, Any], method: Method, fresh: State | None) -> l
         found += _method_state(state, K, fresh, positive)
     else:
         found.append(f"`state` must be a dictionary of tensors, found {type(state).__name__}")
-    return found + list(_record(saved.get("record"), K))
+    return found + list(_growth(saved.get("growth"))) + list(_record(saved.get("record"), K))
 
 
 def _numbers(saved: Mapping[str, Any]) -> Iterator[str]:
@@ -70,6 +70,19 @@ def _method_state(state: Mapping[str, Any], K: int, fresh: State | None, positiv
         yield from _vector(f"state[{name!r}]", value, expected, positive and last == "weights")
     if missing := [name for name in fresh or {} if name not in state]:
         yield f"`state` lacks {missing}"
+
+
+def _growth(growth: Any) -> Iterator[str]:
+    if growth is None:
+        return
+    if not isinstance(growth, Mapping):
+        yield f"`growth` must be a dictionary, found {type(growth).__name__}"
+        return
+    length = len(growth["count"]) if isinstance(growth.get("count"), Tensor) and growth["count"].ndim else 0
+    for name in ("log_mean", "count", "limited"):
+        yield from _vector(f"growth[{name!r}]", growth.get(name), (length,), positive=False)
+    if not isinstance(growth.get("limited_steps"), int):
+        yield f"`growth['limited_steps']` must be an integer, found {growth.get('limited_steps')!r}"
 
 
 def _record(record: Any, K: int) -> Iterator[str]:

@@ -134,6 +134,17 @@ def at_least(argument: str, value: Any, low: int) -> int:
     return int(value)
 
 
+def more_than(argument: str, value: Any, low: int) -> float | None:
+    """A finite number above ``low``, or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low < float(value) < math.inf:
+        raise ValueError(
+            f"Parameter `{argument}` must be None or a finite number above {low}. Found `{argument} = {value!r}`."
+        )
+    return float(value)
+
+
 def lag(value: Any, needs: frozenset[str], acts_on: str, method: str) -> int:
     """0 or 1, and what a lag of 0 cannot do."""
     if value not in (0, 1):
@@ -254,6 +265,11 @@ def _named(losses: Any, tasks: Sequence[str]) -> Mapping[str, Any]:
     if hasattr(losses, "_asdict"):
         by_name: dict[str, Any] = losses._asdict()
         return by_name
+    if isinstance(losses, Tensor) and losses.ndim == 0 and len(tasks) > 1:
+        raise ValueError(
+            f"Losses must come unsummed, one per task of {list(tasks)!r}: they are weighed one by one. Found one "
+            "number (shape []). What is added as it is comes beside them: `extra={name: loss}`."
+        )
     if isinstance(losses, Tensor) and losses.ndim != 1:
         raise ValueError(
             f"Losses given as one tensor must have shape [{len(tasks)}], one entry per task. "

@@ -6,7 +6,7 @@ Every function makes one of them, for the place that found it to raise.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -60,7 +60,9 @@ def window_not_closed() -> RuntimeError:
     """The last window was due, and another begins."""
     return RuntimeError(
         "The last window was due and was not closed: call `weighter.step()` after `accelerator.backward` "
-        "(`weighter.backward` does both), or `weighter.reset()` after an exception that every process caught."
+        "(`weighter.backward` does both), or `weighter.reset()` after an exception that every process caught. Or this, "
+        "or the last, `weighter.combine` belongs to an evaluation: that means gradients disabled, `with "
+        "torch.no_grad()`; `model.eval()` alone does not say so."
     )
 
 
@@ -181,6 +183,101 @@ def loss_on_derivatives() -> RuntimeError:
         "branch, so that what arrives there is not its gradient, and a method that compares gradients there would "
         "compare something else. Use a method that needs losses only, such as CoVWeighting, SoftAdapt or ReLoBRaLo, or "
         "add the loss as it is to what `combine` returns."
+    )
+
+
+def cross_talk(method: str, pairs: Sequence[tuple[str, str]]) -> RuntimeError:
+    """Losses whose gradient arrives at another task's alias."""
+    found = ", ".join(f"the gradient of loss `{a}` arrives at the alias of `{b}`" for a, b in pairs)
+    return RuntimeError(
+        f"{method} compares the gradients of the tasks' losses at their own aliases, but {found}: a loss reads what "
+        "another task's head, or alias, gave. Then no alias has the gradient of one loss. Detach what the loss reads "
+        "of the other task, compute it from its own alias, add the term as it is to what `combine` returns, or use a "
+        "method that needs losses only, such as CoVWeighting."
+    )
+
+
+def suspected_cross_talk(method: str, pairs: Sequence[tuple[str, str]], engine: str) -> str:
+    """The same, where it cannot be confirmed."""
+    found = ", ".join(f"loss `{a}` reaches the alias of `{b}`" for a, b in pairs)
+    return (
+        f"In autograd's graph {found}. If a gradient comes that way, {method} compares gradients that are not of one "
+        f"loss each; under {engine} that cannot be asked for. It is harmless where losses or logits were only stacked "
+        "in one tensor."
+    )
+
+
+def one_loss_under_two_names(names: Sequence[str]) -> ValueError:
+    """Two tasks with one loss."""
+    found = " and ".join(f"`{name}`" for name in names)
+    return ValueError(
+        f"Losses {found} are one and the same tensor, so their gradients cannot be told apart. Give every task a loss "
+        "of its own, or name it once."
+    )
+
+
+def by_pass(method: str, places: Mapping[str, str], shared: bool) -> str:
+    """Losses that reach the trunk around the branch."""
+    found = ", ".join(f"loss `{task}` at the trunk's {node}" for task, node in places.items())
+    what = "keeps weight 1 there" if shared else "is not in the gradients that are compared"
+    return (
+        f"A part of the gradient goes to the trunk around the branch ({found}), and {what}: {method} sees and weighs "
+        "what passes the branch alone. If that is not meant, hand the heads all that they share: `weighter.branch` "
+        "takes lists, tuples and dictionaries of tensors, and heads are followed through every argument they are "
+        "called with."
+    )
+
+
+def different_depths(method: str, pairs: Sequence[tuple[str, str]]) -> str:
+    """Heads that share different tensors."""
+    found = ", ".join(f"`{a}` and `{b}`" for a, b in pairs)
+    return (
+        f"{method} compares the gradients of {found} at tensors of different depths or shapes: their norms are not of "
+        "one quantity. Call `weighter.branch(z)` in the model's forward at the last tensor that all tasks share, and "
+        "derive every head's input from its own alias."
+    )
+
+
+def head_inside_a_head(outer: str, inner: str) -> ValueError:
+    """One task's head is a part of another's."""
+    return ValueError(
+        f"The head of task `{inner}` is a part of the head of task `{outer}`, so the gradient of loss `{outer}` would "
+        f"arrive at the alias of `{inner}`. Call `weighter.branch(z)` in the model's forward instead, give heads that "
+        "are apart, or use a method that needs losses only, such as CoVWeighting."
+    )
+
+
+def never_combined(forwards: int) -> str:
+    """Forwards with gradients, and no losses handed to the weighter."""
+    return (
+        f"The heads (or `weighter.branch`) ran {forwards} times with gradients enabled, and no losses came to the "
+        "weighter: nothing is weighed. Replace `accelerator.backward(sum of losses)` by `weighter.backward(losses)`, "
+        "or hand it what `weighter.combine(losses)` returns; run evaluations `with torch.no_grad()`."
+    )
+
+
+def traced() -> RuntimeError:
+    """``torch.jit.trace`` of a model that is divided."""
+    return RuntimeError(
+        "`torch.jit.trace` is running on a model with hooks of a `Weighter`, which divide the shared representation "
+        "for a training. Remove them first, `weighter.detach()`, or trace `with torch.no_grad()`."
+    )
+
+
+def exported_rotations() -> RuntimeError:
+    """A model that rotates is exported or traced."""
+    return RuntimeError(
+        "This model rotates what its heads read, and the rotations are the weighter's, not the model's: an exported or "
+        "traced program would not hold them. Call `weighter.fold_rotations()` first, which multiplies them into the "
+        "heads."
+    )
+
+
+def hooks_are_not_scripted() -> AttributeError:
+    """``torch.jit.script`` asks our hooks for their name."""
+    return AttributeError(
+        "The model's heads carry hooks of a `Weighter`, which `torch.jit.script` cannot compile. Remove them first: "
+        "`weighter.detach()`, or `weighter.fold_rotations()` where the method rotates."
     )
 
 
@@ -346,26 +443,4 @@ def two_windows_per_step() -> str:
         "Each of the last 20 optimizer steps had two windows or more, and the gradients of all but the last were taken "
         "away: weights move at every window, and so within an optimizer step. A pass that is not for a step of its own "
         "(SAM's second pass, a line search) goes into `with weighter.paused():`."
-    )
-
-
-def nested_micro_batch() -> RuntimeError:
-    """``micro_batch()`` within itself."""
-    return RuntimeError("`with weighter.micro_batch():` is open already: one of them is one micro-batch.")
-
-
-def micro_batch_at_lag_0() -> RuntimeError:
-    """Weights of the very backward, and several backwards."""
-    return RuntimeError(
-        "With `lag = 0` the weights are decided in every backward, so several of them cannot be one micro-batch. Use "
-        "`lag = 1`."
-    )
-
-
-def counted_twice(tasks: Sequence[str]) -> ValueError:
-    """Counts of a task in two calls of one micro-batch."""
-    names = ", ".join(f"`{task}`" for task in tasks)
-    return ValueError(
-        f"Task {names} came with `num_items` in two calls of one micro-batch: the mean over all of its items is not "
-        "known then. Give its loss in one call."
     )

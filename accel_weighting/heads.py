@@ -38,7 +38,19 @@ class Hooked(Protocol):
         """The same for the head of a copied model, of which nothing else is wanted."""
 
 
-class _Before:
+class _Hook:
+    """What cannot be done with a hook of ours says so itself."""
+
+    @property
+    def __name__(self) -> str:
+        """Asked for by ``torch.jit.script``."""
+        raise errors.hooks_are_not_scripted()
+
+    def __reduce__(self) -> Any:
+        raise errors.hooks_are_not_pickled()
+
+
+class _Before(_Hook):
     """The forward pre-hook of head ``k``; that of a copied model (a teacher, an average) rotates and does no more."""
 
     def __init__(self, hooked: Hooked, k: int, copied: bool = False) -> None:
@@ -53,11 +65,8 @@ class _Before:
     def __deepcopy__(self, memo: Any) -> _Before:
         return _Before(self.hooked, self._k, copied=True)
 
-    def __reduce__(self) -> Any:
-        raise errors.hooks_are_not_pickled()
 
-
-class _Follow:
+class _Follow(_Hook):
     """The forward pre-hook of the model; that of a copied model does nothing."""
 
     def __init__(self, follow: Callable[[], Any] | None) -> None:
@@ -70,11 +79,8 @@ class _Follow:
     def __deepcopy__(self, memo: Any) -> _Follow:
         return _Follow(None)
 
-    def __reduce__(self) -> Any:
-        raise errors.hooks_are_not_pickled()
 
-
-class _After:
+class _After(_Hook):
     """The forward hook of head ``k``; that of a copied model does nothing."""
 
     def __init__(self, hooked: Hooked, k: int, copied: bool = False) -> None:
@@ -86,9 +92,6 @@ class _After:
 
     def __deepcopy__(self, memo: Any) -> _After:
         return _After(self._hooked, self._k, copied=True)
-
-    def __reduce__(self) -> Any:
-        raise errors.hooks_are_not_pickled()
 
 
 _Link = tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]
@@ -153,6 +156,25 @@ class Heads:
         """What is hooked to these heads already."""
         hooks = (hook for head in self.find() for hook in head._forward_pre_hooks.values())
         return list({id(h.hooked): h.hooked for h in hooks if isinstance(h, _Before) and not h.copied}.values())
+
+    @property
+    def labels(self) -> list[str]:
+        """What to call each head: its name in the model, or its class."""
+        modules = (ref() for ref in self._modules)
+        pairs = zip(self._names, modules, strict=True)
+        return [name or ("gone" if module is None else type(module).__name__) for name, module in pairs]
+
+    def check_apart(self) -> None:
+        """No head is a part of another.
+
+        Raises:
+            ValueError: One is.
+        """
+        tasks = {id(module): task for task, module in zip(self.tasks, self.find(), strict=True)}
+        for task, module in zip(self.tasks, self.find(), strict=True):
+            for part in module.modules():
+                if part is not module and id(part) in tasks:
+                    raise errors.head_inside_a_head(task, tasks[id(part)])
 
     def are_in(self, models: Iterable[nn.Module]) -> bool:
         """Whether all heads are parts of these models."""

@@ -6,10 +6,12 @@ Its backward is differentiable, to any order: a loss may contain gradients that 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import re
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +22,12 @@ from .rotations import Rotations
 
 Gradients = Sequence[Tensor | None]
 """One gradient per alias, those of the first tensor in task order, then those of the second; None where none came."""
+
+
+class Aliases(Protocol):
+    """One alias of a tensor per task."""
+
+    def __getitem__(self, k: int, /) -> Tensor: ...
 
 
 class Collector(Protocol):
@@ -74,7 +82,7 @@ def _laid_out(total: Tensor | None, rows: Gradients) -> Tensor:
     if total is None or first is None:
         return torch.empty(0)
     promised = torch.empty_like(first)
-    fresh = not any(total is g for g in rows)
+    fresh = sum(g is not None for g in rows) > 1  # the sum of one gradient is that gradient
     return total if fresh and total.stride() == promised.stride() else promised.copy_(total)
 
 
@@ -156,8 +164,9 @@ class Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """For every tensor the sum of its aliases' gradients, each times its weight."""
+        tensors: int = ctx.tensors
         if all(g is None for g in gradients):
-            return (None,) * (4 + int(ctx.tensors))
+            return tuple([None] * (4 + tensors))
         inputs, mask = ctx.saved_tensors if ctx.saves else (None, None)
         sums: list[Tensor | None]
         if not torch.compiler.is_compiling():
@@ -168,6 +177,18 @@ class Join(torch.autograd.Function):
         came = [any(g is not None for g in rows) for rows in _by_tensor(gradients, ctx.tensors)]
         sums = [total if there else None for total, there in zip(totals, came, strict=True)]
         return None, None, None, None, *sums
+
+
+@functools.lru_cache(maxsize=64)
+def join_of(tasks: tuple[str, ...]) -> type[Join]:
+    """The join under a name that says what to do: torch names it where a head begins with an in-place module.
+
+    That is raised inside of the head's forward, where nothing of ours runs, and for aliases of ``branch`` the heads are
+    not known.
+    """
+    shared = ", ".join(f"`{task}`" for task in tasks)
+    name = f"(the head of a task, one of {shared}, begins with an in-place module: give it `inplace=False`) Join"
+    return type(name, (Join,), {"__doc__": Join.__doc__})
 
 
 class _InnerSum(torch.autograd.Function):
@@ -293,3 +314,33 @@ def has_history(x: Tensor) -> bool:
         return False
     node, _ = viewed(x)
     return node is not None and not node.name().endswith("AccumulateGrad")
+
+
+@dataclass
+class Forward:
+    """The tensors that the heads of one forward share, each with its aliases.
+
+    Attributes:
+        graph_task: The backward in which this forward is recomputed; -1: none.
+        graph: The number of the compiler's graph in which it began; 0: not known; None: in none.
+        joined: Tensor, place in the trace (0 in plain Python), aliases.
+        taken: Heads that were called.
+    """
+
+    graph_task: int
+    graph: int | None = None
+    joined: list[tuple[Tensor, int, Aliases]] = field(default_factory=list)
+    taken: set[int] = field(default_factory=set)
+
+    def aliases(self, z: Tensor, at: int = 0) -> Aliases | None:
+        """Those of ``z``, or of the tensor that it is a view of; None if it is not known yet."""
+        for known, its, aliases in self.joined:
+            if same(known, z) or (at != 0 and its == at):
+                return aliases
+        return None
+
+    def alias(self, z: Tensor, k: int) -> Tensor:
+        """Task ``k``'s own of a tensor that is known."""
+        aliases = self.aliases(z)
+        assert aliases is not None
+        return aliases[k]

@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import checks, errors
+from .audit import Audit
 from .branch import Branch
-from .losses import Bounds, Given, Losses, NumItems, OnDevice, Several
+from .losses import Bounds, Given, Losses, NumItems, Several
 from .optimizers import OptimizerWatch, hold_gradients
 from .processes import left_waiting
 from .rotations import Rotations, were_folded
@@ -39,10 +41,10 @@ class Loop:
     _branch: Branch
     _rotations: Rotations | None
     _bounds: Bounds
-    _on_device: OnDevice
     _optimizers: OptimizerWatch
     _window: Window
     _several: Several | None
+    _audit: Audit | None
 
     @property
     def accelerator(self) -> Accelerator | None:
@@ -128,9 +130,11 @@ class Loop:
         v = given.vector(self.tasks, self._branch.head_outputs)
         self._window.called |= self._branch.called
         self._window.fed |= self._branch.fed
-        self._branch.forget()
         record = self._measuring and not freeze and not paused
         micro_batch = MicroBatch(given.present, self._window, record=record)
+        if self._audit is not None and record:
+            self._audit.look(given.named, given.present, self._branch)
+        self._branch.forget()
         total = self._total(v, extra, given if record else None, paused)
         self._say_what_its_backward_needs(micro_batch, given, v.detach())
         if not self._window.opened and not paused:
@@ -189,17 +193,18 @@ class Loop:
     ) -> Tensor:
         """The weighted sum of the losses ``v``, ``[K]``; for ``lag=0`` by the weights of what is ``recorded``."""
         state = self._steps.settled
+        weights: NDArray[Any] | None
         if self.method.acts_on == "shared":
-            weights = state.get("loss_weights")
+            weights = state.loss_weights
         elif paused:
             weights = state.applied
         elif self.lag == 0 and recorded is not None:
             weights = self._steps.decide(v.detach(), recorded.present, recorded.counts)
         else:
             weights = state.weights
-        w = None if weights is None else self._on_device("losses", weights, v)
-        w = self._bounds.capped(w, v.detach(), self._on_device)
-        if torch.is_grad_enabled() and not paused and self.method.acts_on == "losses":
+        w = None if weights is None else self._bounds.on_device("losses", weights, v)
+        w = self._bounds.capped(w, v.detach())
+        if torch.is_grad_enabled() and not paused and weights is not None and self.method.acts_on == "losses":
             state.applied = weights
         total = v.sum() if w is None else v.dot(w)  # which autocast leaves alone
         for loss in extra.values():
@@ -212,7 +217,7 @@ class Loop:
         if self.method.acts_on == "losses":
             return
         state, repeats = self._progress, not micro_batch.record and self._optimizers.repeats
-        micro_batch.shared_weights = self._on_device("shared", state.applied if repeats else state.weights, seen)
+        micro_batch.shared_weights = self._bounds.on_device("shared", state.applied if repeats else state.weights, seen)
         if not repeats:
             state.applied = state.weights
         if self.lag == 0 and micro_batch.record:
@@ -220,7 +225,7 @@ class Loop:
 
             def decide(gram: Tensor, arrived: frozenset[int]) -> Tensor:
                 state.applied = self._steps.decide(seen, present, counts, gram, arrived)
-                return self._on_device("decided", state.applied, seen)
+                return self._bounds.on_device("decided", state.applied, seen)
 
             micro_batch.decide = decide
 
@@ -287,9 +292,9 @@ class Loop:
             RuntimeError: It is nested, or ``lag=0``, which decides in every backward.
         """
         if self._several is not None:
-            raise errors.nested_micro_batch()
+            raise _nested_micro_batch()
         if self.lag == 0:
-            raise errors.micro_batch_at_lag_0()
+            raise _micro_batch_at_lag_0()
         self._several = several = Several()
         try:
             yield
@@ -330,3 +335,16 @@ class Loop:
     @property
     def _measuring(self) -> bool:
         return self._unfrozen and (self._progress.step - self.update_after) % self.update_every == 0
+
+
+def _nested_micro_batch() -> RuntimeError:
+    """``micro_batch()`` within itself."""
+    return RuntimeError("`with weighter.micro_batch():` is open already: one of them is one micro-batch.")
+
+
+def _micro_batch_at_lag_0() -> RuntimeError:
+    """Weights of the very backward, and several backwards."""
+    return RuntimeError(
+        "With `lag = 0` the weights are decided in every backward, so several of them cannot be one micro-batch. Use "
+        "`lag = 1`."
+    )

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import checks, errors
+from . import checks
 from .join import zero_with_graph
 from .statistics import Statistics
 from .window import to_device
@@ -52,7 +52,8 @@ class Given:
     def vector(self, tasks: Sequence[str], head_outputs: Callable[[int], list[Tensor]]) -> Tensor:
         """The losses in task order, ``[K]``, float64 if one of them is, else float32.
 
-        Absent ones are 0, with a path of zeros to the head (or else to the loss that came) where a count of 0 said so.
+        Absent ones are 0, with a path of zeros to the head if it was called (or else, where a count of 0 said that the
+        task is not there, to the loss that came), so that every process finds the same parameters in its graph.
         """
         some = next(iter(self.named.values()))
         wide = any(loss.dtype == torch.float64 for loss in self.named.values())
@@ -64,7 +65,7 @@ class Given:
         return torch.stack(rows)
 
     def _zero(self, k: int, task: str, some: Tensor, head_outputs: Callable[[int], list[Tensor]]) -> Tensor:
-        if k in self.empty and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             sources = head_outputs(k)
             if not sources and task in self.named and self.named[task].requires_grad:
                 sources = [self.named[task]]
@@ -130,7 +131,7 @@ class Several:
         """
         if given.counts is not None:
             if twice := self.present & given.present:
-                raise errors.counted_twice([task for k, task in enumerate(given.named) if k in twice])
+                raise _counted_twice([task for k, task in enumerate(given.named) if k in twice])
             self._counts |= {k: given.counts[k] for k in given.present}
         self.losses = losses if self.losses is None else self.losses + losses.to(self.losses)
         self.present |= given.present
@@ -153,18 +154,22 @@ class Bounds:
         tasks: Task names.
         largest: ``{task: loss}``.
         smallest: ``{task: loss}``.
+
+    Attributes:
+        on_device: Copies of weights and bounds where the losses are.
     """
 
     def __init__(self, tasks: Sequence[str], largest: Mapping[str, float], smallest: Mapping[str, float]) -> None:
         self.largest, self.smallest = dict(largest), dict(smallest)
+        self.on_device = OnDevice()
         self._caps = np.array([largest.get(task, np.inf) for task in tasks]) if largest else None
         self._floors = np.array([smallest.get(task, 0.0) for task in tasks]) if smallest else None
 
-    def capped(self, w: Tensor | None, losses: Tensor, on_device: OnDevice) -> Tensor | None:
+    def capped(self, w: Tensor | None, losses: Tensor) -> Tensor | None:
         """The weights ``w`` (None: 1 each), smaller where a loss is above its bound."""
         if self._caps is None:
             return w
-        caps = on_device("caps", self._caps, losses)
+        caps = self.on_device("caps", self._caps, losses)
         scale = torch.where(losses > caps, caps / losses, 1.0)
         return scale if w is None else w * scale
 
@@ -196,3 +201,12 @@ class OnDevice:
             copy = to_device(torch.tensor(values, dtype=like.dtype), like.device)
         self._copies[name] = values, copy
         return copy
+
+
+def _counted_twice(tasks: Sequence[str]) -> ValueError:
+    """Counts of a task in two calls of one micro-batch."""
+    names = ", ".join(f"`{task}`" for task in tasks)
+    return ValueError(
+        f"Task {names} came with `num_items` in two calls of one micro-batch: the mean over all of its items is not "
+        "known then. Give its loss in one call."
+    )

@@ -14,14 +14,8 @@ import torch
 from torch import Tensor
 
 from .layers import Layer, weight_gradient
-from .pieces import BLOCK, full_precision, in_pieces, piece_size
+from .pieces import BLOCK, full_precision, in_pieces, is_small, piece_size
 from .pieces import wide as wide
-
-SMALL = 1 << 16
-"""Elements up to which a tensor's kernel costs more to start than to run, about."""
-
-DOUBLE = 1 << 16
-"""Elements over all tasks up to which products in float64 cost nothing that can be noticed."""
 
 TINY, HUGE = 1e-30, 1e36
 """Between them sums of squares in float32 have lost nothing that matters."""
@@ -63,7 +57,7 @@ def weighted_sum(rows: Rows, weights: Tensor | None = None) -> Tensor | None:
     w = None if weights is None else weights.to(total.dtype)
     if w is None and not others:
         return total
-    if total.numel() <= SMALL:
+    if is_small(total, len(rows)):
         shared = isinstance(rows, Gathered) and not torch.is_grad_enabled()
         V = rows.stack if shared else torch.stack(_with_zeros(rows))  # type: ignore[attr-defined]
         return (V if w is None else V * w.view(-1, *(1,) * total.ndim)).sum(0)
@@ -94,7 +88,7 @@ def gram(tensors: Sequence[Rows]) -> Tensor:
 def _gram(rows: Rows) -> Tensor:
     some = next(g for g in rows if g is not None)
     K = len(rows)
-    if K * some.numel() <= DOUBLE:
+    if is_small(some, K):
         V = rows.stack if isinstance(rows, Gathered) else torch.stack(_with_zeros(rows))
         V = _real(V).flatten(1)
         V = wide(V) if some.device.type == "mps" else V.double()

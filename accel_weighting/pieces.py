@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SMALL_ON_CPU, SMALL = 1 << 16, 1 << 20
+"""Elements over all tasks up to which kernels cost more to start than to run, about, and copies take no memory that
+can be noticed."""
+
 PIECE_ON_CPU = 1 << 18
 """Elements, over all tasks together, that are read at once: 1 MB of float32, which stays in a core's cache."""
 
@@ -27,6 +31,11 @@ def wide(x: Tensor) -> Tensor:
 def piece_size(x: Tensor) -> int:
     """How many elements of tensors like this one are read at once."""
     return PIECE_ON_CPU if x.device.type == "cpu" else PIECE_BYTES // x.element_size()
+
+
+def is_small(x: Tensor, tasks: int) -> bool:
+    """Whether so many tensors like this one are small."""
+    return tasks * x.numel() <= (SMALL_ON_CPU if x.device.type == "cpu" else SMALL)
 
 
 def in_pieces(tensors: Sequence[Tensor], size: int, whole: int = 0) -> Iterator[Sequence[Tensor]]:

@@ -14,12 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .checkpoint import problems
+from .growth import Growth
 from .history import History
 from .statistics import Method, State, Statistics
 
 KIND = "accel_weighting.Weighter"
 VERSION = 1
 """Of the saved form."""
+
+NOT_TAKEN_OVER = ("rotations", "fixed", "settings", "pairs")
+"""Entries of a method's state that another weighter's checkpoint does not change; rotations go their own way."""
 
 Vector = NDArray[np.float64]
 
@@ -31,11 +35,13 @@ class WeighterState:
         method: The weighting method.
         tasks: Task names.
         initial_weights: ``{task: weight}``, or None.
+        growth: Bounds the weights that are applied; the method's own state knows nothing of it. None: no bound.
 
     Attributes:
         step: Optimizer steps taken.
         weights: Those that the next backward will use, float64 ``[K]``; replaced, never changed in place.
         applied: Those that the last recorded backward used.
+        loss_weights: What multiplies the losses under a method that acts on the shared path and has such; or None.
         method_state: The method's.
         consecutive_skipped: Steps held in a row that count towards ``max_skipped_steps``.
         total_skipped: Steps held in all.
@@ -49,19 +55,26 @@ class WeighterState:
         TypeError: The method is written with tensors, as methods were before version 0.1.
     """
 
-    def __init__(self, method: Method, tasks: Sequence[str], initial_weights: Mapping[str, float] | None) -> None:
+    def __init__(
+        self,
+        method: Method,
+        tasks: Sequence[str],
+        initial_weights: Mapping[str, float] | None,
+        growth: Growth | None = None,
+    ) -> None:
         self._method, self._tasks, self._initial_weights = method, tuple(tasks), initial_weights
         self.step = self.consecutive_skipped = self.total_skipped = 0
         self.frozen = False
         self.weights, self.method_state = method.init(tasks, initial_weights)
         _check_arrays(method, self.weights, self.method_state)
         self.applied = self.weights
+        self.loss_weights: Vector | None = self.get("loss_weights")
         self.statistics: Statistics | None = None
         self.healed = 0
         self.extras: dict[str, float] = {}
         self._weight_sum = np.zeros(len(self._tasks))
         self._weight_steps = 0
-        self.history = History(tasks)
+        self.history, self.growth = History(tasks), growth
 
     def update(self, statistics: Statistics, seen: Statistics | None = None) -> None:
         """The method's update.
@@ -76,8 +89,24 @@ class WeighterState:
         weights, method_state = self._method.update(self.method_state, statistics if seen is None else seen)
         if not np.isfinite(weights).all():
             raise _weights_not_finite(self._method, weights, statistics.step)
+        weights, loss_weights = self._bounded(weights, _entry(method_state, "loss_weights"), statistics, method_state)
         self.weights, self.method_state, self.statistics = weights, method_state, statistics
+        self.loss_weights = loss_weights
         self.consecutive_skipped = 0
+
+    def _bounded(
+        self, weights: Vector, loss_weights: Vector | None, statistics: Statistics, method_state: State
+    ) -> tuple[Vector, Vector | None]:
+        """What is applied of the method's weights, and of those on losses if it has any."""
+        growth, K = self.growth, len(weights)
+        if growth is None or not self._method.settled(method_state):
+            return weights, loss_weights
+        if loss_weights is None or not self._method.loss_weights_grow:
+            return growth.bound(weights, self.weights, statistics), loss_weights
+        assert self.loss_weights is not None
+        before = np.concatenate([self.weights, self.loss_weights])
+        both = growth.bound(np.concatenate([weights, loss_weights]), before, statistics)
+        return both[:K], both[K:]
 
     def hold(self, counts: bool) -> None:
         """Weights and method state stay as they are for this step, which may count towards ``max_skipped_steps``."""
@@ -100,7 +129,7 @@ class WeighterState:
 
     def get(self, name: str) -> Any:
         """An entry of the method's state, behind whatever prefix wrappers gave it; None if there is none."""
-        return next((value for key, value in self.method_state.items() if _last(key) == name), None)
+        return _entry(self.method_state, name)
 
     @property
     def rotations(self) -> Tensor | None:
@@ -112,13 +141,20 @@ class WeighterState:
         """Of the weights and the method's state, to the last bit; rotations are on the device and left out."""
         state = self.method_state
         values = [state[name].tobytes() for name in sorted(state) if _last(name) != "rotations"]
-        return hashlib.blake2b(b"".join((self.weights.tobytes(), *values))).digest()
+        growth = b"" if self.growth is None else self.growth.digest()
+        return hashlib.blake2b(b"".join((self.weights.tobytes(), *values, growth))).digest()
 
     def snapshot(self) -> dict[str, NDArray[Any]]:
         """Weights and the method's state, rotations among it, as the other processes are to compare them."""
         state: dict[str, Any] = self.method_state
         arrays = {name: x.cpu().numpy() if isinstance(x, Tensor) else x for name, x in state.items()}
-        return {"weights": self.weights} | {f"state {name}": value for name, value in arrays.items()}
+        growth = {} if self.growth is None else self.growth.snapshot()
+        return {
+            "weights": self.weights,
+            **({} if self.loss_weights is None else {"loss_weights": self.loss_weights}),
+            **{f"state {name}": value for name, value in arrays.items()},
+            **{f"growth {name}": value for name, value in growth.items()},
+        }
 
     def adopt(self, snapshot: Mapping[str, NDArray[Any]]) -> None:
         """Takes over another process's snapshot, which differs by rounding."""
@@ -128,6 +164,10 @@ class WeighterState:
             new = snapshot[f"state {name}"].copy()
             state[name] = torch.from_numpy(new).to(own) if isinstance(own, Tensor) else new
         self.method_state = state
+        if self.loss_weights is not None:
+            self.loss_weights = snapshot["loss_weights"].copy()
+        if self.growth is not None:
+            self.growth.adopt({name: snapshot[f"growth {name}"] for name in self.growth.snapshot()})
         self.healed += 1
 
     def replace_rotations(self, new: Tensor) -> None:
@@ -156,8 +196,25 @@ class WeighterState:
             "held": self.consecutive_skipped,
             "skipped": self.total_skipped,
             "frozen": self.frozen,
+            **({} if self.growth is None else self._growth_state(self.growth)),
             "record": self.history.state_dict(),
         }
+
+    def _growth_state(self, growth: Growth) -> dict[str, Any]:
+        applied = {} if self.loss_weights is None else {"loss_weights": torch.tensor(self.loss_weights)}
+        return {"growth": {**growth.state_dict(), **applied}}
+
+    def _load_growth(self, saved: Mapping[str, Any] | None, rows: Sequence[int | None], tasks: int) -> None:
+        """The memory of what was applied; ``saved`` is None in a checkpoint that has none."""
+        self.loss_weights = self.get("loss_weights")
+        if self.growth is None:
+            return
+        applied = None if saved is None else saved.get("loss_weights")
+        if applied is not None and self.loss_weights is not None:
+            self.loss_weights = _rows_of(applied.numpy(), rows, self.loss_weights)
+        if self._method.loss_weights_grow:
+            rows = [*rows, *(None if row is None else row + tasks for row in rows)]
+        self.growth.load_state_dict(saved, rows)
 
     def load_state_dict(self, saved: Mapping[str, Any], strict: bool, **settings: Any) -> None:
         """Takes up what ``state_dict`` gave; see ``Weighter.load_state_dict``."""
@@ -181,9 +238,12 @@ class WeighterState:
             self.weights = self.applied = weights
             self.method_state = old_state
             self._weight_sum, self._weight_steps = weight_sum, saved["weight_steps"]
+            self._load_growth(saved.get("growth"), range(len(weights)), len(weights))
             return
         rows = [saved["tasks"].index(task) if task in saved["tasks"] else None for task in self._tasks]
         self._take_over(saved, rows, weights, weight_sum, old_state)
+        measure = None if "method" in differences else saved.get("growth")  # another method's weights are none
+        self._load_growth(measure, rows, len(saved["tasks"]))
 
     def _take_over(
         self,
@@ -209,7 +269,7 @@ class WeighterState:
         fresh = self._take_over_rotations(old_state, rows, fresh)
         old: State = {}
         if _classes(saved["method"]) == _classes(repr(method)):
-            names = {name for name in fresh.keys() & old_state.keys() if _last(name) not in _NOT_TAKEN_OVER}
+            names = {name for name in fresh.keys() & old_state.keys() if _last(name) not in NOT_TAKEN_OVER}
             old = {name: old_state[name] for name in names}
         same_tasks = saved["tasks"] == list(self._tasks)
         if not all(_fits(value, fresh[name], len(saved["tasks"]), same_tasks) for name, value in old.items()):
@@ -241,11 +301,8 @@ class WeighterState:
             self.method_state[name] = _of_the_sum(self.method_state[name], fresh[name])
 
 
-_NOT_TAKEN_OVER = ("rotations", "fixed", "pairs")
-"""Entries of a method's state that a weighter of other tasks has no use for, or takes over in another way.
-
-``pairs`` have a row and a column for every task.
-"""
+def _entry(method_state: State, name: str) -> Any:
+    return next((value for key, value in method_state.items() if _last(key) == name), None)
 
 
 def _classes(method: str) -> list[str]:

@@ -26,9 +26,10 @@ State = dict[str, NDArray[Any]]
 """What a method keeps between two updates: a flat dictionary of NumPy arrays, in float64 unless they count.
 
 Task k's share of an entry is its row k; what has nothing to do with single tasks is an array without dimensions, or
-``[1, ...]``. ``"fixed"`` is what follows from the hyperparameters alone: no checkpoint of others changes it.
-``"pairs"`` is ``[K, K]``, and begins anew where a checkpoint of other tasks is loaded. The one
-entry that is a torch tensor, on the device, is the ``"rotations"`` of a rotating method.
+``[1, ...]``. ``"fixed"`` is what follows from the hyperparameters alone, weights included, and ``"settings"`` what
+does so and leaves weights to move: no checkpoint of others changes them. ``"pairs"`` is ``[K, K]``, and begins anew
+where a checkpoint of other tasks is loaded. The one entry that is a torch tensor, on the device, is the ``"rotations"``
+of a rotating method.
 """
 
 InitialWeights = Mapping[str, float] | Sequence[float] | NDArray[Any] | Tensor | None
@@ -88,7 +89,7 @@ class Method:
     float64, with m at most the width, unless the state has it. From then on that entry is on the device of z, and
     ``update`` finds ``statistics.moments`` beside it. ``dim``, ``size`` and ``cooperative`` say what is rotated
     and measured, and have defaults. A method that acts on the shared path and divides the losses by something keeps
-    those factors, ``[K]``, as ``"loss_weights"`` in its state.
+    those factors, ``[K]``, as ``"loss_weights"`` in its state (``loss_weights_grow``: they follow the losses).
 
     Attributes:
         needs: Which statistics ``update`` reads, out of ``"losses"``, ``"norms"``, ``"gram"``, ``"moments"``.
@@ -96,6 +97,8 @@ class Method:
         acts_on: ``"losses"``: weights multiply the losses, heads feel them. ``"shared"``: weights act on the gradient
             that reaches the shared representation; heads keep their raw gradients.
         keeps_sum: Whether the weights always have the sum that they began with.
+        grows: Whether a weight is a ratio of norms, or comes from the Gram matrix, without an upper bound of its own:
+            then the weighter bounds how far it may rise, see ``max_growth``.
         dim: Of a rotating method: the dimension of z that holds the features.
         size: Of a rotating method: m, the number of features that it rotates, the first ones; None: all.
         cooperative: Of a rotating method: whether ``moments`` has the K rows with z.
@@ -129,6 +132,8 @@ class Method:
     positive_losses: ClassVar[bool] = False
     acts_on: ClassVar[Literal["losses", "shared"]] = "losses"
     keeps_sum: ClassVar[bool] = False
+    grows: ClassVar[bool] = False
+    loss_weights_grow: ClassVar[bool] = False
 
     dim: int = -1
     size: int | None = None
@@ -148,6 +153,14 @@ class Method:
         tasks share what the absent ones leave of it.
         """
         raise NotImplementedError
+
+    def measures(self, tasks: Sequence[str]) -> Sequence[str]:
+        """Those of the ``tasks`` whose gradients the method needs, where it needs any; the others need no branch."""
+        return tasks
+
+    def settled(self, state: State) -> bool:
+        """Whether the weights are the method's own by now, and not initial ones that it holds for some updates."""
+        return True
 
     def weigh(self, state: State, statistics: Statistics) -> NDArray[np.float64]:
         """Weights for these very statistics, with the state left as it is: what ``lag=0`` applies."""
@@ -245,6 +258,21 @@ def _by_task(rule: Rule) -> Rule:
     return Rule(f"a mapping of task names to numbers that are {rule.words}", read, of_tasks=True)
 
 
+def _number_or_by_task(rule: Rule) -> Rule:
+    by_task = _by_task(rule)
+
+    def read(value: Any) -> Any:
+        return by_task.read(value) if isinstance(value, Mapping) else rule.read(value)
+
+    return Rule(f"{rule.words}, or {by_task.words}", read, of_tasks=True)
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise _BreaksRule
+    return value
+
+
 def _names(value: Any) -> tuple[str, ...]:
     unordered = isinstance(value, (set, frozenset, Mapping))  # would not have the same text everywhere
     if isinstance(value, str) or unordered or not isinstance(value, Iterable):
@@ -327,6 +355,16 @@ def non_negative_by_task(default: Any = MISSING) -> Any:
     return _ruled(_by_task(_NON_NEGATIVE), default, hash=False)
 
 
+def positive_or_by_task(default: Any = MISSING) -> Any:
+    """A hyperparameter: a positive finite number, or ``{task: positive finite number}``, kept sorted."""
+    return _ruled(_number_or_by_task(_POSITIVE), default, hash=False)
+
+
+def name(default: Any = MISSING) -> Any:
+    """A hyperparameter: the name of one task."""
+    return _ruled(Rule("the name of a task", _name, of_tasks=True), default)
+
+
 def names(default: Any = MISSING) -> Any:
     """A hyperparameter: a sequence of task names, kept as a tuple."""
     return _ruled(Rule("a sequence of task names", _names, of_tasks=True), default)
@@ -396,7 +434,8 @@ def check_tasks(method: Any, tasks: Sequence[str]) -> None:
             all are to be named.
     """
     for parameter, rule in _rules(method.__class__).items():
-        found = (getattr(method, parameter) or ()) if rule.of_tasks else ()
+        value = getattr(method, parameter) if rule.of_tasks else ()
+        found = [value] if isinstance(value, str) else value if isinstance(value, (Mapping, tuple)) else ()
         unknown = [name for name in found if name not in tasks]
         missing = [name for name in tasks if name not in found] if rule.of_all else []
         if unknown or missing:

@@ -1,4 +1,4 @@
-"""Structures of tensors: what a head is called with, and what it gives."""
+"""Structures of tensors that heads are called with, or that are branched: lists, tuples, dictionaries, dataclasses."""
 
 from __future__ import annotations
 

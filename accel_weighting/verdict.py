@@ -31,6 +31,8 @@ GRADIENTS = frozenset({"norms", "gram", "moments"})
 
 ALONE = 20
 """Windows in a row with one task each, and weights that stay, after which that is said."""
+PATIENCE = 20
+"""Windows in which every task should have been there once."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Verdict:
         self._signed: tuple[Mapping[str, Any], list[int]] = {}, []
         self._warned: set[str] = set()
         self._alone = 0
+        self._unseen, self._windows = set(self._tasks), 0
 
     @property
     def max_skipped_steps(self) -> int:
@@ -163,6 +166,8 @@ class Verdict:
         statistics = sums.statistics()
         if below := self._below_its_bound(statistics):
             return below
+        if self._unseen:
+            self._look_for_unseen(statistics)
         if self._positive:
             self._check_signs(statistics)
         if self._needs & GRADIENTS:
@@ -194,6 +199,14 @@ class Verdict:
                 self.warn_once(f"bound {task}", message)
                 return Held(message, counts=True)
         return None
+
+    def _look_for_unseen(self, statistics: Statistics) -> None:
+        """A task of which no loss ever comes is said."""
+        self._unseen -= {task for task, is_here in zip(self._tasks, statistics.present, strict=True) if is_here}
+        self._windows += 1
+        if self._unseen and self._windows >= PATIENCE:
+            self.warn_once("unseen", _never_seen([task for task in self._tasks if task in self._unseen]))
+            self._unseen.clear()
 
     def _check_signs(self, statistics: Statistics) -> None:
         negative = statistics.losses < 0
@@ -310,6 +323,15 @@ def _healed(step: int) -> str:
         f"At optimizer step {step} weights or method state differed between processes by rounding alone, as on "
         "machines of different kinds: all processes go on with those of the first. `weighting/healed_steps` counts "
         "such steps."
+    )
+
+
+def _never_seen(tasks: Sequence[str]) -> str:
+    """Tasks that were in no window."""
+    names = ", ".join(f"`{task}`" for task in tasks)
+    return (
+        f"No loss of {names} came in the first {PATIENCE} windows, so its weight stays as it is. Is its "
+        "key missing in `losses`, or its data?"
     )
 
 

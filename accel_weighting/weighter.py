@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from . import checks, errors
-from .branch import Branch
+from .audit import Audit, probing_is_forbidden
+from .branch import Branch, tap_above
+from .growth import growth_of
 from .heads import Heads, HeadSpec
 from .lifetime import Registration, weakly
 from .loop import Loop
-from .losses import Bounds, OnDevice
+from .losses import Bounds
 from .modules import heads_by_task
 from .optimizers import OptimizerWatch
 from .processes import Processes
@@ -29,10 +30,6 @@ from .window import Layout, Window
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-WAITING = 1 << 20
-"""So many elements of gradients at z do not wait for each other where the method needs norms alone."""
 
 
 class Weighter(Loop, Readings):
@@ -64,6 +61,9 @@ class Weighter(Loop, Readings):
         max_losses: ``{task: float}``: a loss above it is scaled down to it, gradient included.
         min_losses: ``{task: float}``: lower bound of a loss that can be negative; methods see the loss minus its bound,
             gradients are untouched.
+        max_growth: With ``lag=1``, for methods whose weights are ratios of norms or come from the Gram matrix: a weight
+            may be at most so many times the running geometric mean of those applied before (over about 20 windows), so
+            that a task that was nearly silent in one window does not dominate the next. None: no bound.
         max_skipped_steps: How many steps in a row may be held for losses or gradients that are not finite.
         process_group: Over which statistics are summed. None: data-parallel × context-parallel.
 
@@ -98,6 +98,7 @@ class Weighter(Loop, Readings):
         update_after: int = 0,
         max_losses: Mapping[str, float] | None = None,
         min_losses: Mapping[str, float] | None = None,
+        max_growth: float | None = 2.0,
         max_skipped_steps: int = 10,
         process_group: Any = None,
     ) -> None:
@@ -114,7 +115,8 @@ class Weighter(Loop, Readings):
             checks.finite_by_task("min_losses", min_losses, self.tasks),
         )
         start = checks.positive_by_task("initial_weights", initial_weights, self.tasks)
-        self._progress = WeighterState(method, self.tasks, start or None)
+        growth = growth_of(method, self.tasks, checks.more_than("max_growth", max_growth, 1), self.lag)
+        self._progress = WeighterState(method, self.tasks, start or None, growth)
         processes = Processes(accelerator, process_group)
 
         rotates = "moments" in method.needs
@@ -125,6 +127,8 @@ class Weighter(Loop, Readings):
         if heads is not None:
             checks.heads(heads, self.tasks, model)
             found = Heads(self.tasks, heads, model)
+            if method.needs & GRADIENTS:
+                found.check_apart()
             predecessor = self._take_over_from(found, rotates)
         layout = Layout(len(self.tasks), None if layer is None else layer.layer.matrix)
         me = weakref.ref(self)  # what is built here does not keep the weighter alive
@@ -137,7 +141,7 @@ class Weighter(Loop, Readings):
             layer,
             self._rotations,
             passes=lambda: (weighter := me()) is None or weighter._passes,
-            tap_above=self._tap_above(checks.yes_no_or_none("cosines", cosines), layer),
+            tap_above=tap_above(method, self.lag, layer is not None, checks.yes_no_or_none("cosines", cosines)),
             needs_gradients=bool(method.needs & GRADIENTS),
             warn_once=self._verdict.warn_once,
             owner=me,
@@ -146,8 +150,11 @@ class Weighter(Loop, Readings):
         if found is not None and accelerator is not None and not found.are_in(accelerator._models):
             given = weakly(accelerator)
             found.attach_again_at_first_forward(self._branch, lambda: bool(getattr(given(), "_models", ())))
+        if method.needs & GRADIENTS:
+            forbidden = _Facts(me, layout).why_no_probe
+            acts = method.acts_on == "shared"
+            self._audit = Audit(self.tasks, repr(method), acts, self._verdict.warn_once, forbidden)
         self._window = Window(layout)
-        self._on_device = OnDevice()
         self._optimizers = OptimizerWatch()
         self._several = None
         self._registration = Registration(self, accelerator, predecessor)
@@ -198,6 +205,7 @@ class Weighter(Loop, Readings):
             "max_losses": self._bounds.largest,
             "min_losses": self._bounds.smallest,
             "extra": list(layout.extras),
+            "max_growth": None if self._progress.growth is None else self._progress.growth.factor,
             "max_skipped_steps": self.max_skipped_steps,
         }
 
@@ -205,17 +213,17 @@ class Weighter(Loop, Readings):
         """Those that a checkpoint has to agree in; the others are bounds."""
         return {"lag": self.lag, "update_every": self.update_every, "shared_layer": layout.matrices}
 
-    def _tap_above(self, cosines: bool | None, layer: SharedLayer | None) -> float:
-        """Elements of all gradients together from which on each is measured alone, where norms are enough."""
-        alone = self.method.acts_on == "losses" and not self.method.needs & {"gram", "moments"} and self.lag == 1
-        if cosines or not alone or layer is not None:
-            return math.inf
-        return 0 if cosines is False else WAITING
-
     def _has_scaler(self) -> bool:
         """Under a loss scale an overflow of gradients is the scaler's business."""
         accelerator = self.accelerator
         return accelerator is not None and (accelerator.scaler is not None or accelerator.mixed_precision == "fp16")
+
+    def _why_no_probe(self) -> str | None:
+        """The engine under which a gradient cannot be asked for beside the one backward."""
+        accelerator = self.accelerator
+        if accelerator is None:
+            return None
+        return probing_is_forbidden(accelerator._models, "DEEPSPEED" in str(accelerator.distributed_type))
 
     def _why_missed(self, missed: Sequence[str], window: Window) -> RuntimeError:
         """The error for tasks of which no gradient came to the branch point."""
@@ -355,6 +363,10 @@ class _Facts:
     def has_scaler(self) -> bool:
         """Whether a loss scale is in use."""
         return self._alive()._has_scaler()
+
+    def why_no_probe(self) -> str | None:
+        """The engine under which a gradient cannot be asked for beside the one backward."""
+        return self._alive()._why_no_probe()
 
     def why_missed(self, missed: Sequence[str], window: Window) -> RuntimeError:
         """The error for tasks of which no gradient came to the branch point."""

@@ -11,12 +11,15 @@ nothing, with warm caches and with caches that other work has filled, as a trunk
     python examples/benchmark.py --cpu --groups weights --rounds 20
     python examples/benchmark.py --cpu --groups overhead --rounds 100
     python examples/benchmark.py --cpu --groups rotations --rounds 10
+    python examples/benchmark.py --cpu --groups large --rounds 10
     accelerate launch --config_file launch_configs/cpu_2.yaml examples/benchmark.py --cpu --groups weights --tasks 4
     accelerate launch --config_file launch_configs/cpu_2.yaml examples/benchmark.py --cpu --groups lag
     python examples/benchmark.py --cpu --groups peers --peers --width 512 --rounds 6
 
 Memory is the largest total size of tensors that were alive at one moment, from the construction of the model to the end
-of its third step. Prints a table and writes `benchmark.json` and `benchmark.png` to `--output_dir`.
+of its third step; once as a multiple of the plain loop's, and once as what is added to it in units of |z|, the shared
+representation in float32. The group `large` has heads on every token of a text and on every place of a map.
+Prints a table and writes `benchmark.json` and `benchmark.png` to `--output_dir`.
 """
 
 import argparse
@@ -366,12 +369,19 @@ ROTATIONS = {
     "RotoGrad, every 2nd step": weighted(RotoGrad, update_every=2),
     "RotoGrad, rotate=False": weighted(lambda: RotoGrad(rotate=False)),
 }
+LARGE = {
+    "GradNorm": METHODS["GradNorm"],
+    "GradNorm, cosines=True": weighted(GradNorm, cosines=True),
+    "CoV": METHODS["CoV"],
+    "IMTL-G": METHODS["IMTL-G"],
+}
 LAGS = {
     "IMTL-G": METHODS["IMTL-G"],
     "IMTL-G, lag=0": weighted(IMTLG, lag=0),
     "UPGrad": weighted(upgrad),
     "UPGrad, lag=0": weighted(upgrad, lag=0),
 }
+GROUPS = ("weights", "overhead", "large", "rotations", "lag", "peers")
 PEERS = {
     "gradnorm-pytorch, parameter": gradnorm_pytorch("parameter"),
     "gradnorm-pytorch, activations": gradnorm_pytorch("activations"),
@@ -396,6 +406,7 @@ class Row(NamedTuple):
     cpu_added: list[float] | None  # milliseconds of processor time
     rounds: int
     memory: float | None
+    memory_z: float | None  # added, in units of |z|
     collectives: float
     kilobytes: float
     note: str
@@ -529,8 +540,8 @@ def measure(
         if name == "plain":
             taken = own
         if name not in steps or not wall[name]:
-            nothing = Row(group, name, shape.tasks, float("nan"), [], None, None, 0, None, 0, 0, notes[name])
-            rows.append(nothing._replace(memory=memory_ratio(memory, name)))
+            nothing = Row(group, name, shape.tasks, float("nan"), [], None, None, 0, None, None, 0, 0, notes[name])
+            rows.append(nothing._replace(memory=memory_ratio(memory, name), memory_z=memory_in_z(memory, name, shape)))
             continue
         ended = weights[name]() if weights.get(name) else []
         if any(not w > 0 for w in ended):
@@ -550,6 +561,7 @@ def measure(
                 added if on_cpu else None,
                 len(wall[name]),
                 memory_ratio(memory, name),
+                memory_in_z(memory, name, shape),
                 sent[name].calls / 2,
                 sent[name].bytes / 2 / 1e3,
                 notes[name],
@@ -563,6 +575,13 @@ def memory_ratio(memory: dict[str, float], name: str) -> float | None:
     return memory[name] / memory["plain"] if name in memory else None
 
 
+def memory_in_z(memory: dict[str, float], name: str, shape: Shape) -> float | None:
+    """What is alive beyond the plain loop, in units of the shared representation in float32."""
+    places = shape.length if shape.trunk == "bert" else (shape.length // 4) ** 2
+    z = 4 * shape.batch_size * shape.width * (places if shape.tokens else 1)
+    return (memory[name] - memory["plain"]) / z if name in memory else None
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -574,18 +593,19 @@ def synchronize(device: torch.device) -> None:
 def table(rows: list[Row]) -> str:
     """All rows as a Markdown table."""
     head = ["", "K", "step, ms", "clock, × plain", "processor, × plain", "processor, + ms"]
-    lines = [[*head, "memory, × plain", "all-reduces", "kB", ""], ["---"] * 10]
+    lines = [[*head, "memory, × plain", r"memory, + \|z\|", "all-reduces", "kB", ""], ["---"] * 11]
     for group, members in itertools.groupby(rows, lambda row: (row.group, row.tasks)):
-        lines.append([f"**{group[0]}**", str(group[1]), *[""] * 8])
+        lines.append([f"**{group[0]}**", str(group[1]), *[""] * 9])
         for row in members:
             spread = [
                 "–" if not q else f"{q[1]:.{digits}f} [{q[0]:.{digits}f}, {q[2]:.{digits}f}]"
                 for q, digits in ((row.ratio, 3), (row.cpu_ratio, 3), (row.cpu_added, 2))
             ]
             memory = "–" if row.memory is None else f"{row.memory:.3f}"
+            in_z = "–" if row.memory_z is None else f"{row.memory_z:.2f}"
             sent = [f"{row.collectives:g}", f"{row.kilobytes:.1f}"]
             time_ = f"{row.milliseconds:.1f}" if row.ratio else "–"
-            lines.append([row.name, str(row.tasks), time_, *spread, memory, *sent, row.note])
+            lines.append([row.name, str(row.tasks), time_, *spread, memory, in_z, *sent, row.note])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "| "
@@ -689,6 +709,7 @@ def parse_args() -> argparse.Namespace:
         "--groups",
         default="weights,rotations",
         help="any of weights (GradNorm, CoV, IMTL-G), overhead (the same on a model that does next to nothing), "
+        "large (heads on every token and on every place of a map, 8 and 16 tasks), "
         "rotations (RotoGrad at 3 tasks, pooled and tokens), lag (Gram methods with lag=1 and lag=0; in one process "
         "also TorchJD's backward) and peers (default: weights,rotations)",
     )
@@ -736,8 +757,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true", help="run on the CPU even if the machine has accelerators")
     args = parser.parse_args()
     args.groups = args.groups.split(",")
-    if unknown := sorted(set(args.groups) - {"weights", "overhead", "rotations", "lag", "peers"}):
-        parser.error(f"--groups: {', '.join(unknown)} not among weights, overhead, rotations, lag, peers")
+    if unknown := sorted(set(args.groups) - set(GROUPS)):
+        parser.error(f"--groups: {', '.join(unknown)} not among {', '.join(GROUPS)}")
     args.tasks = [int(k) for k in args.tasks.split(",")]
     if args.peers and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("--peers runs in one process; examples/peers_correctness.py shows what they do in two")
@@ -762,6 +783,11 @@ def main() -> None:
             for name in ("overhead", "overhead, cold caches")
             for K in args.tasks
         ]
+    if "large" in args.groups:
+        tokens = shape._replace(trunk="bert", tokens=True)
+        dense = shape._replace(trunk="conv", tokens=True)
+        for K in (8, 16):
+            groups += [(name, s._replace(tasks=K), LARGE) for name, s in (("tokens", tokens), ("maps", dense))]
     if "rotations" in args.groups:
         long = wide._replace(tokens=True, length=args.rotation_length if args.trunk == "bert" else args.length)
         groups += [("rotations, pooled", wide, ROTATIONS), ("rotations, tokens", long, ROTATIONS)]

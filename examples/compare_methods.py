@@ -1,13 +1,14 @@
-"""Compares all methods on pairs of digits, with the same learning rates, seeds and budget for each.
+"""Compares all methods on pairs of digits in their authors' protocols, with the same number of settings for each.
 
 A small MLP learns the five tasks of `multi_digits.py` on two handwritten digits side by side. Every method is trained
 with every learning rate and seed of the same grid. The learning rate is chosen on a validation set, by the geometric
-mean of the tasks' errors over all seeds, and only the chosen runs are evaluated on the test set. Baselines are equal
-weights, random weights, and static weights, which are themselves chosen on the validation set.
+mean of the tasks' errors over all seeds, and only the chosen runs are evaluated on the test set. Every method that has
+a setting to choose brings two candidates, chosen in the same way: eight settings; those without have four. Static
+weights, a grid over two tasks written with knowledge of the gradients, have sixteen.
 
     python examples/compare_methods.py
 
-makes 600 short runs, two at a time. Every finished run is a line of `runs.jsonl` in `--output_dir`; after an
+makes some 1,400 short runs, two at a time. Every finished run is a line of `runs.jsonl` in `--output_dir`; after an
 interruption the same command continues. Prints a table and writes it to `table.txt`, and draws the errors of two tasks
 against each other in `compare_methods.png`.
 """
@@ -34,23 +35,32 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from accel_weighting import (
+    DBMTL,
     FAMO,
     IMTLG,
     IMTLL,
     MGDA,
+    SLAW,
+    UWSO,
     AlignedMTL,
     CAGrad,
+    CoBa,
     ConFIG,
     CoVWeighting,
+    DualProj,
     DynamicWeightAverage,
     EqualWeighting,
+    FairGrad,
     GeometricLoss,
     GradientBalancer,
     GradNorm,
+    GradVac,
     Method,
     NashMTL,
+    NTKWeighting,
     PCGrad,
     RandomLossWeighting,
+    ReferenceNorm,
     ReLoBRaLo,
     RotoGrad,
     RotoGradNorm,
@@ -59,6 +69,7 @@ from accel_weighting import (
     SoftAdapt,
     StaticWeighting,
     UncertaintyWeighting,
+    UPGrad,
     Weighter,
 )
 
@@ -78,35 +89,61 @@ def static(total: float, pixels: float) -> Candidate:
 EPOCH = 64  # steps
 
 
+CROSS_ENTROPIES = ("left", "right", "parity")
+
+
+def both(lag: int, *methods: Method) -> list[Candidate]:
+    """Candidates of one method, all with its authors' lag."""
+    return [Candidate(method, lag) for method in methods]
+
+
 # To try another method, add a row. Several candidates are chosen among on the validation set, as learning rates are.
+# The lag, the starts and the lengths of averages are those of the papers or of their authors' code; where these leave a
+# number open, two values of it are candidates.
 METHODS = {
-    "equal": [Candidate(EqualWeighting())],
+    "equal": both(1, EqualWeighting()),
     "static": [static(total, pixels) for total in (0.1, 0.01) for pixels in (1, 10)],
-    "random": [Candidate(RandomLossWeighting())],
-    "uncertainty": [
-        Candidate(UncertaintyWeighting(classification=("left", "right", "parity"), lr=lr)) for lr in (0.025, 0.1)
-    ],
-    "imtl-l": [Candidate(IMTLL())],
-    "dwa": [Candidate(DynamicWeightAverage(steps_per_epoch=EPOCH))],
-    "softadapt": [Candidate(SoftAdapt())],
-    "relobralo": [Candidate(ReLoBRaLo())],
-    "tchebycheff": [Candidate(SmoothTchebycheff(warmup=EPOCH), lag=0)],
-    "geometric": [Candidate(GeometricLoss(), lag=0)],
-    "log losses": [Candidate(ScaleInvariant(), lag=0)],
-    "famo": [Candidate(FAMO(), lag=0)],
-    "cov": [Candidate(CoVWeighting())],
-    "gradnorm": [Candidate(GradNorm(alpha=0.0, lr=lr)) for lr in (0.025, 0.1)],
-    "rotograd": [Candidate(RotoGrad(), lag=0)],
-    "magnitudes": [Candidate(RotoGrad(rotate=False), lag=0)],
-    "rotograd_norm": [Candidate(RotoGradNorm(alpha=0.0))],
-    "balancer": [Candidate(GradientBalancer())],
-    "mgda": [Candidate(MGDA(), lag=0)],
-    "pcgrad": [Candidate(PCGrad(), lag=0)],
-    "cagrad": [Candidate(CAGrad(), lag=0)],
-    "imtl-g": [Candidate(IMTLG(), lag=0)],
-    "aligned-mtl": [Candidate(AlignedMTL(), lag=0)],
-    "nash-mtl": [Candidate(NashMTL(), lag=0)],
-    "config": [Candidate(ConFIG(), lag=0)],
+    "random": both(1, RandomLossWeighting(), RandomLossWeighting("dirichlet")),
+    "uncertainty": both(1, *(UncertaintyWeighting(classification=CROSS_ENTROPIES, lr=lr) for lr in (0.025, 0.1))),
+    "uncertainty balanced": both(
+        1, *(UncertaintyWeighting(classification=CROSS_ENTROPIES, lr=lr, start="balanced") for lr in (0.025, 0.1))
+    ),
+    "uncertainty log1p": both(
+        1, *(UncertaintyWeighting(classification=CROSS_ENTROPIES, lr=lr, form="log1p") for lr in (0.025, 0.1))
+    ),
+    "imtl-l": both(1, IMTLL(), IMTLL(lr=0.1)),
+    "imtl-l balanced": both(1, IMTLL(start="balanced"), IMTLL(lr=0.1, start="balanced")),
+    "dwa": both(1, *(DynamicWeightAverage(T, steps_per_epoch=EPOCH) for T in (2.0, 1.0))),
+    "softadapt": both(0, SoftAdapt(), SoftAdapt(variant="loss_weighted")),
+    "relobralo": both(0, *(ReLoBRaLo(alpha=alpha, tau=1.0, rho=0.99) for alpha in (0.95, 0.99))),
+    "tchebycheff": both(0, *(SmoothTchebycheff(mu, EPOCH, 4 * EPOCH) for mu in (1.0, 0.5))),
+    "geometric": both(0, GeometricLoss()),
+    "log losses": both(0, ScaleInvariant()),
+    "famo": both(0, FAMO(), FAMO(gamma=1e-3)),
+    "cov": both(1, CoVWeighting(), CoVWeighting(decay=0.99, warmup=EPOCH)),
+    "slaw": both(1, SLAW(), SLAW(0.9)),
+    "uw-so": both(0, UWSO(1.0), UWSO(10.0)),
+    "coba": both(1, CoBa(), CoBa(50, warmup=EPOCH)),
+    "gradnorm": both(1, *(GradNorm(alpha=0.0, lr=lr) for lr in (0.025, 0.1))),
+    "gradnorm balanced": both(1, *(GradNorm(alpha=alpha, start="balanced") for alpha in (0.0, 0.5))),
+    "reference": both(1, *(ReferenceNorm("left", decay=decay) for decay in (0.0, 0.9))),
+    "ntk": both(1, NTKWeighting()),
+    "db-mtl": both(0, DBMTL()),
+    "rotograd": both(0, RotoGrad(), RotoGrad(lr=0.01)),
+    "magnitudes": both(0, RotoGrad(rotate=False)),
+    "rotograd_norm": both(1, RotoGradNorm(0.0), RotoGradNorm(0.0, target="mean_norm")),
+    "balancer": both(1, GradientBalancer(), GradientBalancer(decay=0.9)),
+    "mgda": both(0, MGDA(), MGDA("norm")),
+    "pcgrad": both(0, PCGrad()),
+    "gradvac": both(0, GradVac(), GradVac(0.01)),
+    "cagrad": both(0, CAGrad(), CAGrad(0.2)),
+    "imtl-g": both(0, IMTLG()),
+    "aligned-mtl": both(0, AlignedMTL(), AlignedMTL("rmse")),
+    "nash-mtl": both(0, NashMTL()),
+    "fairgrad": both(0, FairGrad(1.0), FairGrad(2.0)),
+    "upgrad": both(0, UPGrad()),
+    "dualproj": both(0, DualProj()),
+    "config": both(0, ConFIG()),
 }
 LRS = (1e-3, 3e-3, 1e-2, 3e-2)  # half a decade apart: on a coarser grid the learning rate matters more than the method
 Run = dict[str, Any]

@@ -103,8 +103,9 @@ class GramMethod(Method):
     """Base of the methods that are a function of the Gram matrix alone: they only say how to ``solve`` it.
 
     The present tasks' block of the Gram matrix is divided by its mean diagonal entry, so that the root mean square of
-    the gradients' norms is 1, and solved. Where there is nothing to go by (before the first window, or where all
-    gradients vanish) the gradients are taken for orthonormal.
+    the gradients' norms is 1, and solved. Before the first window the gradients are taken for orthonormal.
+
+    A gradient of exactly 0 says nothing: that task counts as absent and keeps its weight.
 
     A method that keeps its sum has a solution of sum 1; the present tasks share what the absent ones leave of the
     sum of the initial weights, or keep their weights if nothing is left. Without, they take the solution as it is.
@@ -112,6 +113,7 @@ class GramMethod(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
     acts_on: ClassVar[Literal["losses", "shared"]] = "shared"
+    grows: ClassVar[bool] = True
 
     def solve(self, M: Array) -> Array:
         """The weights ``[K]`` for a Gram matrix ``M``, float64 ``[K, K]``, of mean diagonal 1, no task absent."""
@@ -133,25 +135,31 @@ class GramMethod(Method):
 def solve_present(
     solve: Callable[[Array], Array], old: Array, statistics: Statistics, keeps_sum: bool = False
 ) -> Array:
-    """Drops absent tasks, normalises the Gram matrix by its trace, solves, and puts the weights back in place.
+    """Drops absent tasks and zero gradients, normalises the Gram matrix, solves, and puts the weights in place.
 
     Args:
         solve: From a Gram matrix of mean diagonal 1 to its weights, of sum 1 if ``keeps_sum``.
-        old: Weights before, ``[K]``; absent tasks keep theirs.
+        old: Weights before, ``[K]``; tasks without a gradient keep theirs.
         statistics: The window; its ``gram`` and ``present`` are read.
         keeps_sum: Whether the weights keep the sum of ``old``, see :class:`GramMethod`.
     """
     assert statistics.gram is not None
-    present = statistics.present
+    M, pulling = statistics.gram, with_gradients(statistics)
+    if np.count_nonzero(pulling) < len(old):
+        M = M[pulling][:, pulling]
+    left = float(old[pulling].sum()) if keeps_sum else 1.0
+    if not len(M) or left <= 0:
+        return old.copy()
     weights = old.copy()
-    left = float(old[present].sum()) if keeps_sum else 1.0
-    if not present.any() or left <= 0:
-        return weights
-    M = statistics.gram[present][:, present]
-    scale = M.diagonal().mean()
-    M = (M + M.T) / (2 * scale) if scale > 0 else np.eye(len(M))
-    weights[present] = left * solve(M)
+    weights[pulling] = left * solve((M + M.T) / (2 * M.diagonal().mean()))
     return weights
+
+
+def with_gradients(statistics: Statistics) -> Mask:
+    """Which tasks have a row in the Gram matrix that says something: present, with a gradient that is not 0."""
+    assert statistics.gram is not None
+    pulling: Mask = statistics.present & (statistics.gram.diagonal() > 0)
+    return pulling
 
 
 def cosines(M: Array) -> tuple[Array, Array]:

@@ -18,7 +18,8 @@ class AlignedMTL(GramMethod):
     those of a mean, as TorchJD's with its default preferences.
 
     Only the rank of M counts as many eigenvalues; it is read from the cosines, in which a short gradient weighs as
-    much as a long one. A zero gradient has weight 0.
+    much as a long one. A zero gradient counts as absent. LibMTL's and the authors' weights are K times these, those of
+    a sum.
 
     Args:
         scale: σ² is the ``"min"``, as in the paper, ``"median"`` or ``"rmse"`` (mean) eigenvalue.

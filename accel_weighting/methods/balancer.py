@@ -43,6 +43,7 @@ class GradientBalancer(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"norms"})
     acts_on: ClassVar[Literal["losses", "shared"]] = "shared"
+    grows: ClassVar[bool] = True
 
     shares: Mapping[str, float] | None = positive_by_task(None)
     decay: float = within("[0, 1]", 0.999)

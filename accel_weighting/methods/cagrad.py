@@ -16,9 +16,10 @@ class CAGrad(GramMethod):
     """Conflict-averse descent: ``max_d min_k ⟨g_k, d⟩  s.t.  ‖d − g_0‖ ≤ c‖g_0‖``, ``g_0`` the mean gradient (Alg. 1).
 
     Its dual is ``min_w g_w·g_0 + √φ‖g_w‖`` over the simplex, ``g_w = Σ w_k g_k``, ``√φ = c‖g_0‖``, and its solution
-    ``d = g_0 + (√φ/‖g_w‖) g_w``: weights ``1/K + s w_k`` with ``s = √φ/‖g_w‖``, not divided by ``1 + c²`` or the
-    like, as in TorchJD. For a fixed s the best w is the one with the shortest ``g_0 + s g_w``, MGDA's problem, and
-    ``s‖g_w‖`` grows with s, so what is left is a root in one dimension; in ``S = s²`` it is piecewise linear.
+    ``d = g_0 + (√φ/‖g_w‖) g_w``: weights ``1/K + s w_k`` with ``s = √φ/‖g_w‖``, those of a mean, as in TorchJD (the
+    authors multiply by K and divide by ``1 + c²``). For a fixed s the best w is the one with the shortest
+    ``g_0 + s g_w``, MGDA's problem, and ``s‖g_w‖`` grows with s, so what is left is a root in one dimension; in
+    ``S = s²`` it is piecewise linear.
 
     Where ``g_w`` vanishes (a Pareto-stationary point) s has a pole; it stops at 1,000, and where ``g_0`` vanishes
     too it is 0.

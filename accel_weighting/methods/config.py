@@ -18,7 +18,7 @@ class ConFIG(GramMethod):
     the gradients' projections on it, as in the paper, in its code and in TorchJD: 1 each for orthonormal gradients.
 
     Weights may be negative. Where the unit gradients cancel out, ``w_k = (mean n)/n_k``, the limit; a zero gradient
-    has weight 0.
+    counts as absent.
 
     Source: Liu, Chu and Thuerey, ConFIG, ICLR 2025, arXiv 2408.11104.
     """

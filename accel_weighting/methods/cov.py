@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from accel_weighting.methods.algebra import Array, LossMethod, reciprocal, share
+from accel_weighting.methods.algebra import Array, LossMethod, lerp, reciprocal, share
 from accel_weighting.statistics import InitialWeights, State, Statistics, count, initial_vector, within
 
 
@@ -25,6 +25,9 @@ class CoVWeighting(LossMethod):
 
     Units of the losses do not matter. Every task has its own count: one that is absent, or that was seen less than
     ``warmup`` times, keeps its weight, and the others share what is left. A task counts from its first positive loss.
+    With ``decay`` a loss of exactly 0 (a margin loss that all samples satisfy) is no observation, since a mean that
+    tends to 0 would make ``c`` tend to infinity: μ and σ stay as they are, and ``c`` is multiplied by the share of
+    the task's windows, within the memory, in which its loss was positive. So a loss that stays at 0 takes no weight.
 
     Args:
         decay: None: all steps count alike. A number p in (0, 1): exponentially weighted mean and variance,
@@ -58,13 +61,19 @@ class CoVWeighting(LossMethod):
         _, state = super().init(tasks)
         w = initial_vector(tasks, initial_weights)
         w = w * ((1 if self.total == "one" else len(tasks)) / w.sum())
+        if self.decay is not None:
+            state["positive"] = np.ones(len(tasks))
         return w, state | {"weights": w}
 
     def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """Takes the losses of step t into the statistics; the weights of step t + 1."""
         w, mu_L, mu, v, t = (state[key] for key in ("weights", "loss_mean", "ratio_mean", "ratio_variance", "count"))
         L, first = statistics.losses, t == 0
-        seen = statistics.present & ~(first & (L <= 0))
+        seen = counted = statistics.present & ~(first & (L <= 0))
+        state = dict(state)
+        if self.decay is not None:
+            counted = seen & (L > 0)
+            state["positive"] = np.where(seen, lerp(state["positive"], counted, 1 - self.decay), state["positive"])
 
         p = t / (t + 1) if self.decay is None else self.decay * np.minimum(t, 1)  # 0 at t = 0
         known = ~first & (mu_L > 0)  # a mean of zeros decays until it is 0 itself
@@ -76,9 +85,11 @@ class CoVWeighting(LossMethod):
             "ratio_variance": p * (v + (1 - p) * (delta * delta)),  # Welford's, for any p
             "count": t + 1,
         }
-        state = state | {key: np.where(seen, value, state[key]) for key, value in new.items()}
+        state |= {key: np.where(counted, value, state[key]) for key, value in new.items()}
 
         mu = state["ratio_mean"]
         c = np.sqrt(state["ratio_variance"] + 1e-8) * reciprocal(mu)
+        if self.decay is not None:
+            c *= state["positive"]
         state["weights"] = w = share(w, c, seen & (state["count"] >= self.warmup))
         return w, state

@@ -28,7 +28,8 @@ class FAMO(LossMethod):
     With logits ξ, ``z = softmax(ξ)`` and D_k = L_k − m_k, the model descends on ``Σ_k z_k log D_k``, normalised, so
     that ``w_k = (z_k / D_k) / Σ_j (z_j / D_j)``; then ``ξ ← ξ − lr · Adam(Jᵀ δ + γ ξ)``, δ_k the fall of log D_k over
     that step and J the Jacobian of z, in closed form ``(Jᵀ δ)_k = z_k (δ_k − Σ_j z_j δ_j)`` (Algorithm 1). The sum of
-    the weights is 1, as in its source; it stays that of the initial weights: start with 1 each for a sum of K.
+    the weights is 1, as in its source; it stays that of the initial weights: start with 1 each for a sum of K. Weights
+    stand on a floor of 1e-6: losses more than some five orders of magnitude apart are not balanced fully.
 
     **What differs here.** The paper computes δ with a second forward on the same batch, after the optimizer's step.
     Here δ compares the losses of two windows in a row: no second forward, but the difference of their batches is in

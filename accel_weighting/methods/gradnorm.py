@@ -50,7 +50,10 @@ class GradNorm(Method):
         initial_losses: ``{task: L_i(0)}``, positive, e.g. ``log C`` for C classes; other tasks take their first
             positive loss.
         initial_loss_decay: At d < 1 the reference moves: ``L_i(0) ← d L_i(0) + (1 − d) L_i`` after every update.
-        tasks: The tasks to balance, by default all; the others keep their weights.
+        tasks: The tasks to balance, by default all; the others keep their weights, and need no branch.
+        start: ``"equal"``: the paper's, one step at a time from equal weights. ``"balanced"``: a task's first update
+            goes all the way, ``w_i ∝ Ḡ r_i^α / n_i`` at the kept sum, and then as in the paper. Under Adam, whose
+            second moments then belong to all tasks from the first step, weights that are found late are worth little.
 
     Raises:
         ValueError: A hyperparameter is out of range, or (in ``init``) a name is not a task's.
@@ -69,6 +72,7 @@ class GradNorm(Method):
     initial_losses: Mapping[str, float] | None = positive_by_task(None)
     initial_loss_decay: float = within("[0, 1]", 1.0)
     tasks: Sequence[str] | None = names(None)
+    start: Literal["equal", "balanced"] = "equal"
 
     keeps_sum: ClassVar[bool] = True
 
@@ -94,7 +98,13 @@ class GradNorm(Method):
             state["initial_losses"] = initial_vector(tasks, self.initial_losses or {}, default=0.0)  # 0: not known yet
         if self.optimizer == "adam":
             state |= adam_state(len(tasks))
+        if self.start == "balanced":
+            state["started"] = np.zeros(len(tasks), np.bool_)
         return w, state
+
+    def measures(self, tasks: Sequence[str]) -> Sequence[str]:
+        """The tasks to balance."""
+        return [task for task in tasks if self.tasks is None or task in self.tasks]
 
     def update(self, state: State, statistics: Statistics) -> tuple[NDArray[np.float64], State]:
         """One step of the weights on eq. 2."""
@@ -111,6 +121,11 @@ class GradNorm(Method):
             if self.initial_loss_decay < 1:
                 L_0 = np.where(on, lerp(L_0, L, 1 - self.initial_loss_decay), L_0)
             state["initial_losses"] = L_0
+        if self.start == "balanced":
+            new = on & ~state["started"] & (n > 0)
+            if np.count_nonzero(new):
+                return self._balanced(state, n, r, on, new)
+            on = on & state["started"]
         size = np.count_nonzero(on)
         if not size:
             return w, state
@@ -130,4 +145,25 @@ class GradNorm(Method):
             state |= moments
             proposed = np.exp(v)  # shared out below, which makes it K softmax(v)
         state["weights"] = w = share(w, proposed, on)
+        return w, state
+
+    def _balanced(
+        self,
+        state: State,
+        n: NDArray[np.float64],
+        r: NDArray[np.float64] | None,
+        on: NDArray[np.bool_],
+        new: NDArray[np.bool_],
+    ) -> tuple[NDArray[np.float64], State]:
+        """The first update of the ``new`` tasks goes all the way; the others wait for it."""
+        w, old = state["weights"], on & state["started"]
+        target = (w * n)[old].mean() if old.any() else 1.0
+        if r is not None:
+            known = on & (old | new)
+            target = target * (r / max(float(r[known].mean()), SMALLEST)) ** self.alpha
+        proposed = np.where(new, target / np.where(new, n, 1.0), w)
+        among = old | new
+        proposed *= w[among].sum() / max(proposed[among].sum(), SMALLEST)  # the floor is that of weights of this sum
+        state["started"] = state["started"] | new
+        state["weights"] = w = share(w, proposed, among)
         return w, state

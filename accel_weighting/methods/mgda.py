@@ -14,15 +14,16 @@ class MGDA(GramMethod):
 
     The minimiser is a common descent direction, or 0 at a Pareto-stationary point. It is exact here (an active set),
     not the paper's Frank–Wolfe iteration. Read at the shared representation, as the weighter does by default, this
-    is the paper's MGDA-UB (its eq. 6). Of several minimisers it takes the most even one; zero gradients share all
-    the weight.
+    is the paper's MGDA-UB (its eq. 6). Of several minimisers it takes the most even one; a zero gradient counts
+    as absent.
 
     The weights sum to 1, as TorchJD's do, or to the sum of the initial weights. Short gradients get the most of it:
     ``α_k ∝ 1/n_k²`` if all are orthogonal.
 
     Args:
         normalize: ``"norm"`` solves for the gradients divided by their norms and, as in the authors' code, applies the
-            weights to the gradients as they are. None leaves them alone.
+            weights to the gradients as they are: the result is no common descent direction any more, and may point
+            uphill for a task. None leaves them alone.
 
     Raises:
         ValueError: ``normalize`` is unknown.
@@ -31,6 +32,7 @@ class MGDA(GramMethod):
     """
 
     keeps_sum: ClassVar[bool] = True
+    grows: ClassVar[bool] = False  # none is above their sum
 
     normalize: Literal["norm"] | None = None
 

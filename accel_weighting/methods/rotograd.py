@@ -225,6 +225,8 @@ class RotoGrad(_Rotating):
         array([2.        , 0.66666667])
     """
 
+    grows: ClassVar[bool] = True
+
     rotate: bool = True
     scale: bool = True
 
@@ -265,11 +267,14 @@ class RotoGradNorm(_Rotating):
     From the authors' package (``RotoGradNorm``). The weights ``w = K softmax(v)`` descend
     ``Σ_k | w_k n_k − ‖(1/K) Σ_j w_j G_j‖ r_k^α |`` with the target held constant, ``r_k`` the relative inverse training
     rate of GradNorm (Chen et al. 2018, arXiv 1711.02257). It uses the norm of the mean gradient where GradNorm uses the
-    mean of the norms.
+    mean of the norms, and that lies below all weighted norms unless the gradients are parallel: weighted norms do
+    **not** become equal, and the weight runs to the task with the smallest gradient (2.6, 1, 1 for orthogonal gradients
+    of norms 1, 3, 10 at α = 0). ``target="mean_norm"`` makes them equal.
 
     Args:
         alpha: Strength of the pull towards equal training rates, finite and at least 0.
         weights_lr: Adam's learning rate for v.
+        target: ``"mean_gradient"``, as in the authors' code, or ``"mean_norm"``, GradNorm's.
         size: As in :class:`RotoGrad`, and so are all further arguments.
         dim: See :class:`RotoGrad`.
         lr: See :class:`RotoGrad`.
@@ -283,6 +288,7 @@ class RotoGradNorm(_Rotating):
 
     alpha: float = non_negative()
     weights_lr: float = positive(0.025)
+    target: Literal["mean_gradient", "mean_norm"] = "mean_gradient"
 
     keeps_sum: ClassVar[bool] = True
 
@@ -313,8 +319,8 @@ class RotoGradNorm(_Rotating):
             r = np.where(on, L / np.where(on, state["initial_losses"], 1.0), 0.0)
             r = r * (K / max(r.sum(), SMALLEST))
             w_on = np.where(on, w, 0.0)
-            mean_gradient = np.sqrt(max(w_on @ M @ w_on, 0.0)) / K
-            gap = w * n - mean_gradient * r**self.alpha
+            target = np.sqrt(max(w_on @ M @ w_on, 0.0)) if self.target == "mean_gradient" else w_on @ n
+            gap = w * n - target / K * r**self.alpha
             s = np.sign(gap) * (np.abs(gap) > ROUNDING * w * n)
             gradient = s * w * n - w / w_on.sum() * (w_on * s * n).sum()
             v, moments = adam_step(np.log(np.maximum(w, TINY)), gradient, state, on, self.weights_lr)

@@ -30,7 +30,8 @@ class SoftAdapt(LossMethod):
     before.
 
     Until a task has ``history + 1`` losses it keeps its weight (1/K), as an absent one does; the others share the
-    rest, and the sum stays that of the initial weights: start with 1 each for a sum of K.
+    rest, and the sum stays that of the initial weights: start with 1 each for a sum of K. Weights stand on a floor of
+    1e-6 before they are shared out.
 
     Args:
         beta: β; positive: more weight to the losses that fall least; negative: to those that fall most.

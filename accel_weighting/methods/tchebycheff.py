@@ -18,12 +18,16 @@ class SmoothTchebycheff(LossMethod):
     The paper minimises ``g_μ = μ log Σ_k exp(f_k / μ)``, which tends to ``max_k f_k`` as μ → 0, and whose gradient is
     ``Σ_k softmax_k(f / μ) ∇f_k``. For multi-task learning its authors take ``f_k = log(L_k / n_k)`` with a nadir n_k,
     the task's mean loss when training has settled, so that neither units nor unequal starts decide who is worst.
-    Hence ``w_k ∝ softmax_k(f / μ) / L_k``, held constant. The direction is theirs; the length is set by a sum of K
-    instead of their factor K, so that the learning rate keeps its meaning. Note that ``μ = 1``, their code's default,
-    gives constant weights ∝ 1 / n_k; smaller is more Tchebycheff.
+    Hence ``w_k ∝ softmax_k(f / μ) / L_k``, held constant. Note that ``μ = 1``, their code's default, gives constant
+    weights ∝ 1 / n_k; smaller is more Tchebycheff.
 
-    The nadir is the mean of a task's first ``warmup`` positive losses, during which it keeps its weight (1). The
-    authors minimise ``Σ log L_k`` for four epochs, and average the next.
+    The authors' recipe has two parts, and both matter: for a task's first ``settle`` positive losses ``Σ log L_k`` is
+    descended (weights ∝ 1 / L_k), and the nadir is the mean of the last ``warmup`` of these. The authors settle for
+    four epochs, and take the last of them for the nadir.
+
+    The direction is theirs, the length is not: their weights are ``K softmax_k(f / μ) / L_k``, these have a sum of K,
+    so that the learning rate keeps its meaning. Weights stand on a floor of 1e-6 of their sum before they are shared
+    out: losses more than six orders of magnitude apart are not balanced fully.
 
     The paper takes the current losses: that is ``lag=0``. With ``lag=1`` they are those of the window before.
 
@@ -32,7 +36,8 @@ class SmoothTchebycheff(LossMethod):
 
     Args:
         mu: μ, the smoothing.
-        warmup: Windows that make up the nadir.
+        warmup: Windows that make up the nadir; one epoch in the authors' code.
+        settle: Windows that descend ``Σ log L_k``, at least ``warmup``. None: four times ``warmup``.
 
     Raises:
         ValueError: An argument is out of range.
@@ -40,7 +45,7 @@ class SmoothTchebycheff(LossMethod):
     Source: Lin et al., ICML 2024, arXiv 2402.19078.
 
     Example:
-        >>> method = SmoothTchebycheff(mu=0.5, warmup=1)
+        >>> method = SmoothTchebycheff(mu=0.5, warmup=1, settle=1)
         >>> weights, state = method.init(["improved", "did not"])
         >>> for losses in ([2.0, 2.0], [1.0, 2.0]):
         ...     weights, state = method.update(state, Statistics(losses, present=[True, True]))
@@ -51,17 +56,30 @@ class SmoothTchebycheff(LossMethod):
     keeps_sum: ClassVar[bool] = True
     memory: ClassVar[tuple[str, ...]] = ("nadir", "count")
 
-    mu: float = positive(0.5)
+    mu: float = positive(1.0)
     warmup: int = count(100)
+    settle: int | None = count(None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.settle is not None and self.settle < self.warmup:
+            raise ValueError(
+                "Parameter `settle` must not be less than `warmup`: the nadir is the mean of its last windows. "
+                f"Found `settle = {self.settle!r}`, `warmup = {self.warmup!r}`."
+            )
 
     def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
-        """A warming task moves its nadir; a settled one takes its share of ``softmax(f / μ) / L``."""
+        """A settling task has ``1 / L``, and moves its nadir at last; a settled one ``softmax(f / μ) / L``."""
         L, active = statistics.losses, statistics.present & (statistics.losses > 0)
-        warming = active & (state["count"] < self.warmup)
-        ready = active & ~warming
-        counts = state["count"] + warming
-        nadir = state["nadir"] + np.where(warming, (L - state["nadir"]) / np.maximum(counts, 1), 0.0)  # running mean
+        settle = self.settle or 4 * self.warmup
+        settling = active & (state["count"] < settle)
+        ready = active & ~settling
+        counts = state["count"] + settling
+        seen = counts - (settle - self.warmup)  # windows of the nadir
+        nadir = state["nadir"] + np.where(settling & (seen > 0), (L - state["nadir"]) / np.maximum(seen, 1), 0.0)
 
         f = log(L / np.where(ready, nadir, 1.0), ready)
-        weights = share(state["weights"], softmax(f / self.mu - log(L, ready), ready), ready)
+        among = np.count_nonzero(ready) * softmax(f / self.mu, ready)  # of mean 1, as Σ log L has 1 for every task
+        weight = np.where(ready, log(among, among > 0) - 800.0 * (among == 0), 0.0) - log(L, active)
+        weights = share(state["weights"], softmax(weight, active), active)
         return weights, {"weights": weights, "nadir": nadir, "count": counts}

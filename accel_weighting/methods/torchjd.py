@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from accel_weighting.methods.algebra import Array, mixed_seed, solve_present
+from accel_weighting.methods.algebra import Array, mixed_seed, solve_present, with_gradients
 from accel_weighting.statistics import InitialWeights, Method, State, Statistics, initial_vector, integer
 
 Memory = dict[str, Tensor]
@@ -26,7 +26,8 @@ class TorchJDWeighting(Method):
     """A ``torchjd.aggregation.*Weighting`` on the Gram matrix of the global batch, solved alike on every process.
 
     The Gram matrix comes in float64, without absent tasks, divided by its mean diagonal entry (TorchJD's
-    ``norm_eps`` is compared with its trace, and would make small gradients zero). A task that is alone has weight 1.
+    ``norm_eps`` is compared with its trace, and would make small gradients zero); a zero gradient
+    counts as absent. A task that is alone has weight 1.
     An answer that is not finite leaves the weights as they were. Random weightings draw from a seed of ``seed`` and
     a counter, and leave the global generators alone.
 
@@ -52,6 +53,7 @@ class TorchJDWeighting(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
     acts_on: ClassVar[Literal["losses", "shared"]] = "shared"
+    grows: ClassVar[bool] = True
 
     weighting: Any
     seed: int = integer(0)
@@ -103,7 +105,8 @@ class TorchJDWeighting(Method):
 
     def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """Calls a copy of the weighting that remembers what the state says."""
-        K, rows, started = len(statistics.present), statistics.present.nonzero()[0], bool(state["started"])
+        pulling = with_gradients(statistics)
+        K, rows, started = len(pulling), pulling.nonzero()[0], bool(state["started"])
         old = {
             key.removeprefix("memory."): torch.tensor(value[0])
             for key, value in state.items()
@@ -120,7 +123,7 @@ class TorchJDWeighting(Method):
         next_state = {**state, "counter": np.asarray(state["counter"] + 1)}
         if not np.isfinite(weights).all():
             return state["weights"].copy(), next_state
-        if new and (started or statistics.present.all()):
+        if new and (started or pulling.all()):
             for key, value in old.items():
                 kept = value.clone()
                 kept[_index(kept, K, rows)] = new[key]

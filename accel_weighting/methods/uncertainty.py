@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -12,10 +12,6 @@ import numpy as np
 from accel_weighting.methods.adam import adam_state, adam_step
 from accel_weighting.methods.algebra import FLOOR, Array, LossMethod, Mask
 from accel_weighting.statistics import InitialWeights, State, Statistics, check_tasks, initial_vector, names, positive
-
-BOUND = -math.log(FLOOR)
-"""Largest |s|. A loss that stays at 0 pushes its s on for ever; held here, its weight stays finite."""
-
 
 BOUND = -math.log(FLOOR)
 """Largest |s|. A loss that stays at 0 pushes its s on for ever; held here, its weight stays finite."""
@@ -30,10 +26,19 @@ class _LearnedScale(LossMethod):
 
     lr: float = positive(0.025)
     optimizer: Literal["adam", "sgd"] = "adam"
+    start: Literal["equal", "balanced"] = field(default="equal", kw_only=True)
 
     def _begin(self, s: Array) -> State:
         moments = adam_state(len(s)) if self.optimizer == "adam" else {}
-        return {"s": np.clip(s, -BOUND, BOUND), **moments}
+        started = {"started": np.zeros(len(s), np.bool_)} if self.start == "balanced" else {}
+        return {"s": np.clip(s, -BOUND, BOUND), **moments, **started}
+
+    def _settle(self, state: State, rest: Array, known: Mask) -> tuple[State, Mask]:
+        """A task's first positive loss takes its ``s`` to ``rest``. Also says whose ``s`` had been there before."""
+        started = state["started"]
+        new = known & ~started
+        s = np.where(new, np.minimum(np.maximum(rest, -BOUND), BOUND), state["s"])
+        return {**state, "s": s, "started": started | new}, started
 
     def _descend(self, state: State, gradient: Array, present: Mask) -> State:
         if self.optimizer == "adam":
@@ -53,6 +58,9 @@ class UncertaintyWeighting(_LearnedScale):
     two differ in where ``s`` begins, not in where the weight settles. ``s`` lives here, in the method's state:
     nothing to add to the user's optimizer. There is no fixed sum.
 
+    With ``form="log1p"`` the regulariser is ``log(1 + σ²)`` in place of ``log σ`` (Liebel and Körner, eq. 2), which is
+    never negative, and neither is the objective. Its gradient is ``σ²/(1 + σ²) − w_k L_k``.
+
     The paper moves ``s`` and the model at the same time, from the same losses: that is ``lag=1``. With ``lag=0`` the
     weights are one step of ``s`` ahead of it. A task absent from a window keeps its ``s``.
 
@@ -60,11 +68,14 @@ class UncertaintyWeighting(_LearnedScale):
         lr: Step size of ``s``; GradNorm's experiments used 0.025 for this method.
         optimizer: ``"adam"``, or ``"sgd"`` for plain steps, whose length follows the losses' units.
         classification: Names of the tasks whose loss is a cross entropy.
+        form: ``"log"``, the paper's regulariser, or ``"log1p"``.
+        start: ``"equal"``: the factors f. ``"balanced"``: at rest from a task's first positive loss, ``s = log 2fL``
+            (for ``"log1p"`` the root of ``σ⁴ = fL (1 + σ²)``).
 
     Raises:
-        ValueError: ``lr`` or ``optimizer`` out of range; in ``init``, a name that is not a task.
+        ValueError: An argument is out of range; in ``init``, a name that is not a task.
 
-    Source: Kendall, Gal and Cipolla, CVPR 2018, arXiv 1705.07115.
+    Source: Kendall, Gal and Cipolla, CVPR 2018, arXiv 1705.07115; Liebel and Körner, arXiv 1805.06334.
 
     Example:
         >>> UncertaintyWeighting(classification=("class",)).init(["depth", "class"])[0]
@@ -72,6 +83,7 @@ class UncertaintyWeighting(_LearnedScale):
     """
 
     classification: Sequence[str] = names(())
+    form: Literal["log", "log1p"] = field(default="log", kw_only=True)
 
     def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
         """Weights f_k e^{−s_k}: 1/2, or 1 for a cross entropy, unless ``initial_weights`` say otherwise."""
@@ -84,8 +96,16 @@ class UncertaintyWeighting(_LearnedScale):
 
     def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """One step of ``s``, then ``w = f e^{−s}``."""
-        L, f = statistics.losses, state["factor"]
-        state = self._descend(state, 0.5 - f * np.exp(-state["s"]) * L, statistics.present)
+        L, f, s = statistics.losses, state["factor"], state["s"]
+        fL, stepping = f * L, statistics.present
+        if self.start == "balanced":
+            known = stepping & (L > 0)
+            x = np.where(known, fL, 1.0)
+            rest = np.log(2 * x) if self.form == "log" else np.log((x + np.sqrt(x * x + 4 * x)) / 2)
+            state, started = self._settle(state, rest, known)
+            stepping = stepping & started
+        pull = 0.5 if self.form == "log" else 1 / (1 + np.exp(-s))
+        state = self._descend(state, pull - fL * np.exp(-s), stepping)
         return np.maximum(f * np.exp(-state["s"]), FLOOR), state
 
 
@@ -102,9 +122,10 @@ class IMTLL(_LearnedScale):
     Args:
         lr: Step size of ``s``.
         optimizer: ``"adam"``, or ``"sgd"`` for plain steps, whose length follows the losses' units.
+        start: ``"equal"``: weights of 1. ``"balanced"``: at rest from a task's first positive loss, ``s = −log L``.
 
     Raises:
-        ValueError: ``lr`` or ``optimizer`` out of range.
+        ValueError: An argument is out of range.
 
     Source: Liu et al., Towards Impartial Multi-task Learning, ICLR 2021 (OpenReview IMPnRXEWpvr; not on arXiv).
     """
@@ -116,5 +137,10 @@ class IMTLL(_LearnedScale):
 
     def update(self, state: State, statistics: Statistics) -> tuple[Array, State]:
         """One step of ``s``, then ``w = e^s``."""
-        state = self._descend(state, np.exp(state["s"]) * statistics.losses - 1, statistics.present)
+        L, stepping, s = statistics.losses, statistics.present, state["s"]
+        if self.start == "balanced":
+            known = stepping & (L > 0)
+            state, started = self._settle(state, -np.log(np.where(known, L, 1.0)), known)
+            stepping = stepping & started
+        state = self._descend(state, np.exp(s) * L - 1, stepping)
         return np.maximum(np.exp(state["s"]), FLOOR), state

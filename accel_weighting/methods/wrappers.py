@@ -54,6 +54,14 @@ class _Wrapper(Method):
         return self.method.keeps_sum
 
     @property
+    def grows(self) -> bool:  # type: ignore[override]
+        return self.method.grows
+
+    @property
+    def loss_weights_grow(self) -> bool:  # type: ignore[override]
+        return self.method.loss_weights_grow
+
+    @property
     def dim(self) -> int:  # type: ignore[override]
         return self.method.dim
 
@@ -78,6 +86,14 @@ class _Wrapper(Method):
             return state | _prefixed(result) if isinstance(result, dict) else result
 
         return forwarded
+
+    def measures(self, tasks: Sequence[str]) -> Sequence[str]:
+        """Those whose gradients the method needs."""
+        return self.method.measures(tasks)
+
+    def settled(self, state: State) -> bool:
+        """Whether the method's are."""
+        return self.method.settled(_inner(state))
 
     def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
         """The method's initial weights."""
@@ -218,6 +234,10 @@ class Warmup(_Wrapper):
     """
 
     steps: int = count(least=0)
+
+    def settled(self, state: State) -> bool:
+        """Not while the initial weights are held."""
+        return int(state["updates"]) > self.steps and super().settled(state)
 
     def _changed(self, state: State, w: Array, present: Mask) -> Array:
         old = state["weights"]

@@ -130,9 +130,10 @@ def by_hand(cell: Cell, processes: int = 1) -> Trajectory:
             result.applied.append(w)
             for b in these:
                 part, on = parts[b], torch.tensor(here[b], dtype=cell.dtype) / blocks
-                heads = w if method.acts_on == "losses" else torch.ones_like(w)
+                on_losses = torch.as_tensor(state.get("loss_weights", np.ones(len(tasks))))
+                heads = w if method.acts_on == "losses" else on_losses
                 (heads * on @ torch.stack(list(part.losses.values()))).backward()
-                part.z.backward((w * on @ part.gradients).view_as(part.z))
+                part.z.backward((w * on_losses * on @ part.gradients).view_as(part.z))
         result.gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         with torch.no_grad():
             for p in model.parameters():

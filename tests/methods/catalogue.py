@@ -12,26 +12,36 @@ from dataclasses import dataclass
 import torchjd.aggregation as tj
 
 from accel_weighting import (
+    DBMTL,
     FAMO,
     IMTLG,
     IMTLL,
     MGDA,
+    SLAW,
+    UWSO,
     AlignedMTL,
     CAGrad,
     CarryForward,
     Clamp,
+    CoBa,
     ConFIG,
+    CosineGate,
     CoVWeighting,
+    DualProj,
     DynamicWeightAverage,
     EqualWeighting,
     Every,
+    FairGrad,
     GeometricLoss,
     GradientBalancer,
     GradNorm,
+    GradVac,
     Method,
     NashMTL,
+    NTKWeighting,
     PCGrad,
     RandomLossWeighting,
+    ReferenceNorm,
     ReLoBRaLo,
     RotoGrad,
     RotoGradNorm,
@@ -42,6 +52,7 @@ from accel_weighting import (
     StaticWeighting,
     TorchJDWeighting,
     UncertaintyWeighting,
+    UPGrad,
     Warmup,
 )
 
@@ -83,6 +94,22 @@ def balancer_shares(tasks: list[str]) -> Method:
     return GradientBalancer({tasks[0]: 2.0}, decay=0.9)
 
 
+def adaptive(tasks: list[str]) -> Method:
+    return ReferenceNorm(tasks[-1])
+
+
+def adaptive_guide(tasks: list[str]) -> Method:
+    return ReferenceNorm(tasks[0], {tasks[-1]: 2.0}, decay=0.9, max_ratio=100.0)
+
+
+def gate(tasks: list[str]) -> Method:
+    return CosineGate(tasks[0])
+
+
+def soft_gate(tasks: list[str]) -> Method:
+    return CosineGate(tasks[-1], "soft")
+
+
 UNITS = {"loss_units": True, "gradient_units": True}
 ORDERED = {"equivariant": False, "symmetric": False}
 
@@ -95,13 +122,18 @@ CATALOGUE = [
     Row("gradnorm alpha=0", GradNorm(alpha=0.0), total="tasks", loss_units=True),
     Row("gradnorm sgd", GradNorm(optimizer="sgd", lr=1e-3), total="tasks", loss_units=True),
     Row("gradnorm decay", GradNorm(initial_loss_decay=0.9), total="tasks", loss_units=True),
+    Row("gradnorm balanced", GradNorm(start="balanced"), total="tasks", loss_units=True),
+    Row("gradnorm balanced sgd", GradNorm(0.0, 1e-3, "sgd", start="balanced"), total="tasks", loss_units=True),
     Row("gradnorm subset", first_two, total="tasks", equivariant=False, loss_units=True),
     Row("cov", CoVWeighting(), total="one", **UNITS),
     Row("cov decay", CoVWeighting(decay=0.9, total="tasks"), total="tasks", **UNITS),
     # Of the losses alone.
     Row("uw", UncertaintyWeighting(), gradient_units=True),
     Row("uw sgd", UncertaintyWeighting(optimizer="sgd", lr=0.01), gradient_units=True),
+    Row("uw balanced", UncertaintyWeighting(start="balanced"), gradient_units=True),
+    Row("uw log1p", UncertaintyWeighting(form="log1p"), gradient_units=True),
     Row("imtl-l", IMTLL(), gradient_units=True),
+    Row("imtl-l balanced", IMTLL(start="balanced"), gradient_units=True),
     Row("dwa", DynamicWeightAverage(), total="tasks", **UNITS),
     Row("dwa epochs", DynamicWeightAverage(steps_per_epoch=2), total="tasks", **UNITS),
     Row("rlw", RandomLossWeighting(), total="one", lag_0=True, **ORDERED, **UNITS),
@@ -113,9 +145,18 @@ CATALOGUE = [
     Row("softadapt loss-weighted", SoftAdapt(variant="loss_weighted"), total="one", gradient_units=True),
     Row("softadapt loss-weighted 2", SoftAdapt(history=2, variant="loss_weighted"), total="one", gradient_units=True),
     Row("relobralo", ReLoBRaLo(alpha=0.9, tau=1.0, rho=0.5), total="tasks", lag_0=True, **UNITS),
-    Row("stch", SmoothTchebycheff(warmup=1), total="tasks", gradient_units=True),
+    Row("stch", SmoothTchebycheff(0.5, warmup=1, settle=1), total="tasks", gradient_units=True),
     Row("stch warmup", SmoothTchebycheff(warmup=2), total="tasks", gradient_units=True, lag_0=True),
     Row("famo", FAMO(), total="one", gradient_units=True, lag_0=True),
+    Row("slaw", SLAW(), total="tasks", gradient_units=True),
+    Row("slaw fast", SLAW(decay=0.5), total="tasks", gradient_units=True),
+    Row("uwso", UWSO(), total="one", gradient_units=True, lag_0=True),
+    Row("coba", CoBa(window=4, warmup=2), total="one", rtol=1e-5, **UNITS),
+    # Of norms and losses.
+    Row("ntk", NTKWeighting()),
+    Row("db-mtl", DBMTL(), gradient_units=True, lag_0=True),
+    Row("reference norm", adaptive, loss_units=True, **ORDERED),
+    Row("reference norm guide", adaptive_guide, loss_units=True, **ORDERED),
     # Of the Gram matrix, or its diagonal, alone.
     Row("mgda", MGDA(), total="one", positive=False, lag_0=True, **UNITS),
     Row("mgda norm", MGDA(normalize="norm"), total="one", positive=False, lag_0=True, **UNITS),
@@ -127,6 +168,14 @@ CATALOGUE = [
     Row("aligned-mtl", AlignedMTL(), positive=False, rtol=1e-6, lag_0=True, **UNITS),
     Row("aligned-mtl rmse", AlignedMTL(scale="rmse"), positive=False, loss_units=True, **ORDERED),
     Row("nash-mtl", NashMTL(), lag_0=True, **UNITS),
+    Row("fairgrad", FairGrad(), lag_0=True, **UNITS),
+    Row("fairgrad 2", FairGrad(2.0), rtol=1e-6, **UNITS),
+    Row("upgrad", UPGrad(), rtol=1e-6, lag_0=True, **UNITS),
+    Row("dualproj", DualProj(), rtol=1e-6, lag_0=True, **UNITS),
+    Row("cosine gate", gate, positive=False, lag_0=True, **ORDERED, **UNITS),
+    Row("cosine gate soft", soft_gate, positive=False, lag_0=True, **ORDERED, **UNITS),
+    Row("gradvac", GradVac(), lag_0=True, positive=False, rtol=1e-5, **ORDERED, **UNITS),
+    Row("gradvac raw", GradVac(0.1, "raw"), positive=False, rtol=1e-5, **ORDERED, **UNITS),
     Row("config", ConFIG(), positive=False, lag_0=True, **UNITS),
     Row("balancer", GradientBalancer(), **UNITS),
     Row("balancer shares", balancer_shares, lag_0=True, **ORDERED, **UNITS),
@@ -139,6 +188,7 @@ CATALOGUE = [
     Row("rotograd directions cayley", RotoGrad(scale=False, lr=0.5), moves=False, **UNITS),
     Row("rotograd cooperative", RotoGrad(cooperative_after=1, normalize_losses=True, init="haar"), gradient_units=True),
     Row("rotogradnorm", RotoGradNorm(alpha=1.0), total="tasks", loss_units=True),
+    Row("rotogradnorm mean norm", RotoGradNorm(0.0, target="mean_norm"), total="tasks", loss_units=True),
     Row("rotogradnorm fast", RotoGradNorm(alpha=1.0, lr=0.1), total="tasks", loss_units=True, lag_0=True),
     Row("torchjd upgrad", TorchJDWeighting(tj.UPGradWeighting()), lag_0=True, **UNITS),
     Row("torchjd pcgrad", TorchJDWeighting(tj.PCGradWeighting()), **ORDERED, **UNITS),

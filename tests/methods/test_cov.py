@@ -182,3 +182,31 @@ def test_needs_losses_alone():
 def test_hyperparameters_are_checked(arguments, found):
     with pytest.raises(ValueError, match=found):
         CoVWeighting(**arguments)
+
+
+@pytest.mark.parametrize("decay", [0.1, 0.5, 0.9, 0.999])
+def test_a_loss_that_stays_at_zero_takes_no_weight(decay):
+    """A margin loss that all samples satisfy; when it is back, so is its weight."""
+    method = CoVWeighting(decay=decay)
+    w, state = method.init(["a", "b"])
+    for t in range(3000):
+        w, state = method.update(
+            state, Statistics([1.0 + 0.1 * (t % 3), 1.0 + 0.1 * (t % 2) if t < 40 else 0.0], [True, True])
+        )
+        assert np.isfinite(w).all() and w.sum() == pytest.approx(1)
+        if t == 39:
+            share = w[1]
+    assert w[1] < 0.1 * share and (decay > 0.99 or w[1] < 1e-4)
+    for t in range(40):
+        w, state = method.update(state, Statistics([1.0 + 0.1 * (t % 3), 1.0 + 0.1 * (t % 2)], [True, True]))
+    assert w[1] > 0.02 * share
+
+
+def test_an_ordinary_loss_is_weighed_as_before():
+    """Where no loss is 0 the share of positive windows is exactly 1."""
+    for decay in (0.1, 0.3, 0.9, 1 / 3):
+        method = CoVWeighting(decay=decay)
+        _, state = method.init(["a", "b"])
+        for t in range(50):
+            _, state = method.update(state, Statistics([1.0 + t % 3, 2.0 + t % 5], [True, True]))
+            assert (state["positive"] == 1).all()

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from accel_weighting.methods.gradnorm import GradNorm
+from accel_weighting.methods.wrappers import Every, Smooth
 from accel_weighting.statistics import Statistics
 
 TASKS = ["a", "b", "c"]
@@ -270,3 +271,34 @@ def test_it_is_a_value():
     method = GradNorm(initial_losses={"a": 1}, tasks=["a", "b"])
     assert method == GradNorm(initial_losses={"a": 1.0}, tasks=("a", "b")) and isinstance(hash(method), int)
     assert "initial_losses={'a': 1.0}" in repr(method)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.5])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_balanced_start_is_at_rest_after_one_update(alpha, optimizer):
+    """``w n ∝ r^α`` at the sum that was there; the updates after it are those of the plain method from there."""
+    norms, losses, initial = vector(1.0, 30.0, 0.02), vector(0.5, 2.0, 1.0), {"a": 1.0, "b": 3.0, "c": 1.5}
+    method = GradNorm(alpha, 1e-3, optimizer, initial_losses=initial, start="balanced")
+    (_, w, after), state = run(method, [window(losses, norms), window(losses * 0.9, norms * 1.1)])
+    r = losses / np.array([*initial.values()])
+    expected = (r / r.mean()) ** alpha / norms
+    np.testing.assert_allclose(w, 3 * expected / expected.sum())
+    plain = GradNorm(alpha, 1e-3, optimizer, initial_losses=initial)
+    again = run(plain, [window(losses * 0.9, norms * 1.1)], initial_weights=dict(zip(TASKS, w, strict=True)))[0][-1]
+    np.testing.assert_allclose(after, again, rtol=1e-12)
+    assert state["started"].all()
+
+
+def test_a_task_that_comes_late_joins_the_others_at_their_norm():
+    method = GradNorm(alpha=0.0, start="balanced")
+    (_, first, second), _ = run(method, [window([1, 1, 1], [1, 4, 9], [1, 1, 0]), window([1, 1, 1], [1, 4, 9])])
+    np.testing.assert_allclose(first[0] * 1, first[1] * 4)
+    assert first[2] == 1
+    np.testing.assert_allclose(second * vector(1, 4, 9), np.full(3, second[0]))
+    assert second.sum() == pytest.approx(3)
+
+
+def test_it_measures_the_tasks_that_it_balances():
+    assert list(GradNorm().measures(TASKS)) == TASKS
+    assert list(GradNorm(tasks=("c", "a")).measures(TASKS)) == ["a", "c"]
+    assert list(Smooth(Every(GradNorm(tasks=("c",)), 2), 0.5).measures(TASKS)) == ["c"]

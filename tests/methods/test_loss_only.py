@@ -43,6 +43,10 @@ METHODS = {
     "softadapt-loss-weighted": (SoftAdapt(history=2, variant="loss_weighted"), 1),
     "relobralo": (ReLoBRaLo(alpha=0.9, tau=1.0, rho=0.5), K),
     "stch": (SmoothTchebycheff(warmup=2), K),
+    "stch-settled": (SmoothTchebycheff(mu=0.5, warmup=1, settle=2), K),
+    "uw-balanced": (UncertaintyWeighting(start="balanced"), None),
+    "uw-log1p": (UncertaintyWeighting(form="log1p", start="balanced", classification=("b",)), None),
+    "imtl-l-balanced": (IMTLL(start="balanced"), None),
     "famo": (FAMO(), 1),
     "famo-min-losses": (FAMO(min_losses={"b": 0.01}), 1),
 }
@@ -277,18 +281,80 @@ def test_relobralo(rho):
     assert {0.0: lookbacks == STEPS - 1, 0.5: 30 < lookbacks < 70, 1.0: lookbacks == 0}[rho]
 
 
+@pytest.mark.parametrize(
+    ("method", "objective"),
+    [
+        (UncertaintyWeighting(start="balanced", classification=("b",)), "log"),
+        (UncertaintyWeighting(start="balanced", form="log1p", classification=("b",)), "log1p"),
+        (UncertaintyWeighting(form="log1p", optimizer="sgd", lr=0.1), "log1p"),
+        (IMTLL(start="balanced"), "imtl"),
+    ],
+    ids=repr,
+)
+def test_learned_scales_are_those_of_autograd_and_at_rest_from_the_start(method, objective):
+    """Descends the objective as it is written, with torch's optimizers; ``balanced`` begins at its minimum."""
+    losses = torch.tensor(random_losses(20))
+    f = torch.tensor([1.0 if t in getattr(method, "classification", ()) else 0.5 for t in TASKS])
+
+    def value(s, L):
+        sigma2 = s.exp()
+        if objective == "imtl":
+            return (sigma2 * L - s).sum()
+        return (f * L / sigma2 + (sigma2.log() / 2 if objective == "log" else torch.log(1 + sigma2))).sum()
+
+    s = torch.zeros(K, dtype=torch.float64, requires_grad=True)
+    balanced = method.start == "balanced"
+    if balanced:
+        search = torch.optim.LBFGS([s], lr=1, max_iter=500, tolerance_grad=1e-14, tolerance_change=0)
+
+        def closure():
+            search.zero_grad()
+            out = value(s, losses[0])
+            out.backward()
+            return out
+
+        search.step(closure)
+    optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[method.optimizer]([s], lr=method.lr)
+    weights = trajectory(method, losses.numpy())[0]
+    for t, L in enumerate(losses):
+        if t or not balanced:
+            optimizer.zero_grad()
+            value(s, L).backward()
+            optimizer.step()
+        w = s.exp() if objective == "imtl" else f * (-s).exp()
+        np.testing.assert_allclose(weights[t + 1], w.detach().numpy(), rtol=1e-6)
+
+
 def test_stch_is_the_gradient_of_the_soft_maximum():
-    losses, mu, warmup = random_losses(), 0.3, 10
-    nadir = torch.tensor(losses[:warmup].mean(0))
-    reference = [np.ones(K)] * (warmup + 1)
-    for L in losses[warmup:]:
-        w = gradient_at(lambda L: mu * torch.logsumexp((L / nadir).log() / mu, 0) * K, L)
+    """The authors' recipe: the sum of log losses first, and the nadir from the last windows of that."""
+    losses, mu, warmup, settle = random_losses(), 0.3, 10, 35
+    nadir = torch.tensor(losses[settle - warmup : settle].mean(0))
+    reference = [np.ones(K)]
+    for t, L in enumerate(losses):
+        if t < settle:
+            w = gradient_at(lambda L: L.log().sum(), L)
+        else:
+            w = gradient_at(lambda L: mu * torch.logsumexp((L / nadir).log() / mu, 0) * K, L)
         reference.append(K * w / w.sum())
-    close(trajectory(SmoothTchebycheff(mu, warmup), losses)[0], reference)
+    close(trajectory(SmoothTchebycheff(mu, warmup, settle), losses)[0], reference)
+    by_default = trajectory(SmoothTchebycheff(warmup=10), losses)[0]
+    close(by_default, trajectory(SmoothTchebycheff(1.0, 10, 40), losses)[0])
+    nadir = losses[30:40].mean(0)
+    close(by_default[41:], np.tile(K / nadir / (1 / nadir).sum(), (STEPS - 40, 1)))  # at μ = 1 the losses cancel
+
+
+def test_stch_settles_a_task_by_its_own_windows():
+    """One has settled, another has not: both have an unweighted sum of log losses as their measure."""
+    method = SmoothTchebycheff(mu=0.5, warmup=1, settle=2)
+    losses = [[1.0, 4.0, 2.0], [0.5, 3.0, 2.0], [0.4, 3.0, 1.0]]
+    weights = trajectory(method, losses, present=[[1, 1, 1], [1, 1, 0], [1, 1, 1]])[0][-1]
+    f = np.log(np.array([0.4 / 0.5, 3.0 / 3.0]))
+    raw = [*(2 * softmax(f / 0.5) / [0.4, 3.0]), 1 / 1.0]
+    close(weights, K * np.array(raw) / sum(raw))
 
 
 def test_stch_tends_to_the_maximum():
-    weights = trajectory(SmoothTchebycheff(mu=0.001, warmup=1), [[1.0, 10.0, 0.1], [0.5, 9.0, 0.05]])[0]
+    weights = trajectory(SmoothTchebycheff(mu=0.001, warmup=1, settle=1), [[1.0, 10.0, 0.1], [0.5, 9.0, 0.05]])[0]
     np.testing.assert_allclose(weights[-1], [0, K, 0], atol=1e-4)
 
 
@@ -464,6 +530,9 @@ def test_counts(method, name, wrong):
     [
         (lambda: UncertaintyWeighting(optimizer="lbfgs"), "`optimizer` must be 'adam' or 'sgd'. Found"),
         (lambda: UncertaintyWeighting(classification=("d",)).init(TASKS), "`classification` must name tasks out of"),
+        (lambda: SmoothTchebycheff(warmup=9, settle=8), "`settle` must not be less than `warmup`"),
+        (lambda: UncertaintyWeighting(form="log2"), "`form` must be 'log' or 'log1p'. Found"),
+        (lambda: IMTLL(start="rest"), "`start` must be 'equal' or 'balanced'. Found"),
         (lambda: RandomLossWeighting("uniform"), "`distribution` must be 'normal' or 'dirichlet'. Found"),
         (lambda: RandomLossWeighting(seed="0"), "`seed` must be an integer. Found"),
         (lambda: ReLoBRaLo(seed=0.5), "`seed` must be an integer. Found"),

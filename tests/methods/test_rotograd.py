@@ -305,3 +305,18 @@ def test_hyperparameters_are_checked(arguments, found):
 def test_hyperparameters_of_the_weights_are_checked(arguments, found):
     with pytest.raises(ValueError, match=found):
         RotoGradNorm(**arguments)
+
+
+@pytest.mark.parametrize("cosine", [0.0, 0.3, 0.9])
+def test_rotogradnorm_makes_norms_equal_under_the_mean_norm_alone(cosine):
+    n = np.array([1.0, 3.0, 10.0])
+    G = np.where(np.eye(3, dtype=bool), 1.0, cosine) * n * n[:, None]
+    spread = {}
+    for target in ("mean_gradient", "mean_norm"):
+        method = RotoGradNorm(0.0, target=target)
+        w, state = method.init(["a", "b", "c"])
+        for _ in range(2000):
+            w, state = method.update(state, window(n, losses=np.ones(3), gram=G))
+        spread[target] = max(w * n) / min(w * n)
+    assert spread["mean_norm"] < 1.1
+    assert cosine == 0.9 or spread["mean_gradient"] > 1.5

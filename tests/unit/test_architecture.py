@@ -23,6 +23,7 @@ MAY = {
     "errors": set(),
     "lifetime": set(),
     "optimizers": set(),
+    "tracing": set(),
     "structures": {"errors"},
     "pieces": set(),
     "layers": {"errors", "pieces"},
@@ -30,27 +31,33 @@ MAY = {
     "window": {"statistics"},
     "checks": {"errors", "statistics", "window"},
     "modules": {"checks", "errors"},
+    "growth": {"statistics"},
     "history": {"statistics"},
     "plot": {"history"},
     "checkpoint": {"statistics"},
-    "state": {"checkpoint", "history", "statistics"},
+    "state": {"checkpoint", "growth", "history", "statistics"},
     "processes": {"checks", "errors", "window"},
     "verdict": {"errors", "processes", "state", "statistics", "window"},
     "rotations": {"measure", "state", "statistics", "window"},
     "join": {"measure", "rotations"},
+    "audit": {"errors", "join"},
     "losses": {"checks", "errors", "join", "statistics", "window"},
     "steps": {"losses", "processes", "state", "statistics", "verdict", "window"},
     "heads": {"checks", "errors", "modules"},
     "shared_layer": {"errors", "join", "layers", "modules"},
-    "branch": {"errors", "heads", "join", "measure", "rotations", "shared_layer", "structures", "window"},
-    "reading": {"rotations", "statistics", "steps"},
+    "gathering": {"errors", "join", "measure", "rotations", "shared_layer", "window"},
+    "branch": {
+        *("errors", "gathering", "heads", "join", "rotations", "shared_layer", "statistics", "structures", "tracing"),
+    },
+    "reading": {"audit", "branch", "rotations", "statistics", "steps"},
     "loop": {
-        *("branch", "checks", "errors", "losses", "optimizers", "processes", "rotations", "state", "statistics"),
-        *("steps", "verdict", "window"),
+        *("audit", "branch", "checks", "errors", "losses", "optimizers", "processes", "rotations", "state"),
+        *("statistics", "steps", "verdict", "window"),
     },
     "weighter": {
-        *("branch", "checks", "errors", "heads", "lifetime", "loop", "losses", "modules", "optimizers", "processes"),
-        *("reading", "rotations", "shared_layer", "state", "statistics", "steps", "verdict", "window"),
+        *("audit", "branch", "checks", "errors", "growth", "heads", "lifetime", "loop", "losses", "modules"),
+        *("optimizers", "processes", "reading", "rotations", "shared_layer", "state", "statistics", "steps"),
+        *("verdict", "window"),
     },
     "integrations": {"statistics", "weighter", "integrations"},
     "selfcheck": {"__init__", "processes", "selfcheck"},
@@ -134,7 +141,12 @@ def test_imports_run_one_way(path: Path) -> None:
     assert unit(path) == "processes" or not any(n.startswith("torch.distributed") for n in outside)
     allowed = ("loop", "weighter", "processes", "selfcheck", "integrations")
     assert unit(path) in allowed or not any(n.split(".")[0] == "accelerate" for n in outside)
-    assert not any(n.startswith("torch.autograd") for n in outside) or unit(path) in ("branch", "join")
+    assert not any(n.startswith("torch.autograd") for n in outside) or unit(path) in (
+        "audit",
+        "branch",
+        "gathering",
+        "join",
+    )
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if unit(p) == "selfcheck"], ids=lambda path: path.stem)
@@ -165,25 +177,34 @@ def test_public_names() -> None:
             "CAGrad",
             "CarryForward",
             "Clamp",
+            "CoBa",
             "CoVWeighting",
             "ConFIG",
+            "CosineGate",
+            "DBMTL",
+            "DualProj",
             "DynamicWeightAverage",
             "EqualWeighting",
             "Every",
             "FAMO",
+            "FairGrad",
             "GeometricLoss",
             "GradNorm",
+            "GradVac",
             "GradientBalancer",
             "IMTLG",
             "IMTLL",
             "MGDA",
             "Method",
+            "NTKWeighting",
             "NashMTL",
             "PCGrad",
             "RandomLossWeighting",
             "ReLoBRaLo",
+            "ReferenceNorm",
             "RotoGrad",
             "RotoGradNorm",
+            "SLAW",
             "ScaleInvariant",
             "Smooth",
             "SmoothTchebycheff",
@@ -192,6 +213,8 @@ def test_public_names() -> None:
             "StaticWeighting",
             "Statistics",
             "TorchJDWeighting",
+            "UPGrad",
+            "UWSO",
             "UncertaintyWeighting",
             "Warmup",
             "Weighter",
@@ -216,3 +239,15 @@ def test_every_failure_of_the_readme_is_shown_by_tests_that_exist() -> None:
 def test_every_public_name_has_a_docstring() -> None:
     for name in set(accel_weighting.__all__) - {"State"}:
         assert (getattr(accel_weighting, name).__doc__ or "").strip(), name
+
+
+def test_every_shape_of_model_is_shown_by_tests_that_are_there() -> None:
+    """The table of models in tests/README.md: each row is exact, refused or said, and shown by tests."""
+    text = (TESTS / "README.md").read_text().split("## Models")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (`.+?`) \|$", text, re.M)
+    assert len(rows) > 25
+    for model, outcome, shown_by in rows:
+        assert re.search(r"exact|refuse|warning|fails without", outcome), model
+        for name in re.findall(r"`(.+?)`", shown_by):
+            path, _, test = name.partition("::")
+            assert re.search(rf"^def {test}\(", (TESTS / path).read_text(), re.M), name

@@ -155,16 +155,12 @@ def _heads(**changes):
         (lambda model: {"heads": list(model.heads.values())}, TypeError, "`heads` must be a dictionary {task:"),
         (_heads(seg=None), ValueError, "`heads` must name a head for every task. Missing: ['seg']."),
         (_heads(seq=nn.Linear(1, 1)), ValueError, "Unknown task 'seq'. This weighter was built with `tasks = ['depth"),
-        (
-            _heads(seg=3),
-            TypeError,
-            "Found {'seg': 'int'}.",
-        ),
+        (_heads(seg=3), TypeError, "`heads` must hold modules or dotted names, or one of them with the name"),
         (_heads(seg="heads.seg"), ValueError, "Dotted names in `heads` are looked up in `model`, which was not given"),
         (
             lambda model: {"heads": {"depth": "heads.depht", "seg": "head.seg"}, "model": model},
             ValueError,
-            "`model` has no submodule called 'heads.depht', 'head.seg'. Did you mean 'heads.depth', 'heads.seg'? See",
+            "`model` has no submodule called 'heads.depht', 'head.seg'. Did you mean 'heads.depth', 'heads.seg'?",
         ),
         (
             lambda model: {"heads": {"depth": "heads.depth", "seg": "embed.weight"}, "model": model},
@@ -380,7 +376,7 @@ BAD_LOSSES = {
     "their sum": (
         lambda losses: sum(losses.values()),
         ValueError,
-        "Losses given as one tensor must have shape [2], one entry per task. Found shape [].",
+        "Losses must come unsummed, one per task of ['depth', 'seg']: they are weighed one by one. Found one",
     ),
     "a matrix": (
         lambda losses: torch.stack(list(losses.values()))[None],

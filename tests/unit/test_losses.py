@@ -73,7 +73,35 @@ def test_a_count_of_zero_makes_a_loss_that_is_not_finite_harmless(method, bad):
     assert_close(weighter.statistics.norms, torch.stack([G[0].norm(), torch.tensor(0.0)]).double())
 
 
-def test_a_task_left_out_gets_no_gradient_at_all():
-    weighter, model = weighter_and_model()
+@pytest.mark.parametrize("method", [GRADNORM, MGDA(), CoVWeighting()], ids=lambda method: type(method).__name__)
+def test_a_task_left_out_whose_head_was_called_gets_zeros(method):
+    weighter, model = weighter_and_model(method)
     weighter.backward({"depth": losses_of(model)["depth"]})
+    for name, p in model.named_parameters():
+        assert p.grad is not None and bool(p.grad.eq(0).all()) == name.startswith("heads.seg"), name
+    assert weighter.statistics.present.tolist() == [True, False]
+
+
+def test_a_task_left_out_whose_head_was_not_called_gets_nothing():
+    weighter, model = weighter_and_model()
+    z = model.shared(torch.randn(4, 8).double())
+    weighter.backward({"depth": model.heads["depth"](z).square().mean()})
     assert all(p.grad is None for p in model.heads["seg"].parameters())
+
+
+def test_a_probe_of_a_head_before_the_step_leaves_it_nothing():
+    """The graph of its output is gone by then."""
+    weighter, model = weighter_and_model()
+    model.heads["seg"](model.shared(torch.randn(4, 8).double())).mean().backward()
+    model.zero_grad()
+    z = model.shared(torch.randn(4, 8).double())
+    weighter.backward({"depth": model.heads["depth"](z).square().mean()})
+    assert all(p.grad is None for p in model.heads["seg"].parameters())
+
+
+def test_a_task_that_never_comes_is_said_after_twenty_windows(caplog):
+    weighter, model = weighter_and_model(CoVWeighting())
+    for step in range(40):
+        assert ("No loss of `seg` came" in caplog.text) == (step >= 20)
+        weighter.backward({"depth": losses_of(model)["depth"]})
+    assert caplog.text.count("No loss of `seg` came") == 1

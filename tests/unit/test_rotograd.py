@@ -229,7 +229,7 @@ def test_the_training_is_that_of_the_authors_algorithm(method, lag):
     """Trunk: C ΣU_k. Heads: their raw gradient. Rotations: a retraction along ∇R. No weighter in the twin."""
     twin, authors = Twin(), Authors(method.burn_in)
     reference = copy.deepcopy(twin)
-    weighter = weighter_for(method, lag=lag)
+    weighter = weighter_for(method, lag=lag, max_growth=None)  # which the authors' algorithm has not
     weighter.branch(twin.z(twin.batch(0)[0]))
     eye = torch.eye(WIDTH, dtype=torch.float64)
     rotations = weighter.rotations if method.rotate else dict.fromkeys(TASKS, eye)
