@@ -128,7 +128,9 @@ def test_two_windows_in_each_optimizer_step_are_said(caplog: pytest.LogCaptureFi
             loop.optimizer.zero_grad()
             loop.weighter.backward(loop.losses(step))
         loop.optimizer.step()
-    assert [r.getMessage()[:52] for r in caplog.records] == ["Each of the last 20 optimizer steps had two windows "]
+    assert [r.getMessage()[:52] for r in caplog.records if "windows" in r.getMessage()] == [
+        "Each of the last 20 optimizer steps had two windows "
+    ]
 
 
 def test_a_pass_after_a_closures_step_finds_the_gradients_used() -> None:
