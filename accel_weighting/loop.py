@@ -176,10 +176,17 @@ class Loop:
                     raise errors.gradients_still_wait()
 
             total.register_hook(look)  # type: ignore[no-untyped-call]
-        if self._optimizers.never_steps:
+        if self._optimizers.never_steps and not self._overflowed:
             self._verdict.warn_once("unstepped", errors.windows_without_steps())
         if self._optimizers.doubles:
             self._verdict.warn_once("doubled", errors.two_windows_per_step())
+
+    @property
+    def _overflowed(self) -> bool:
+        """Whether a loss scale explains that no optimizer stepped: there is one, or the last window was held."""
+        state = self._steps.settled
+        held = state.statistics is None or state.statistics.step < state.step - 1
+        return held or getattr(self.accelerator, "scaler", None) is not None
 
     def _total(
         self, v: Tensor, extra: Mapping[str, Tensor], recorded: Given | None = None, paused: bool = False

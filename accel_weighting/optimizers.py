@@ -94,9 +94,10 @@ class OptimizerWatch:
         Args:
             prepared: Whether an optimizer is known to be there though none has stepped yet.
         """
-        stepped = self._opened_at is None or self._steps.begun > self._opened_at
+        running = self._steps.running
+        stepped = self._opened_at is None or self._steps.begun > self._opened_at or (self._in_step and not running)
         used = prepared or self._steps.begun > self._built_at
-        self._opened_at, self._in_step = self._steps.begun, self._steps.running
+        self._opened_at, self._in_step = self._steps.begun, running
         if stepped:
             self._doubled = self._doubled + 1 if self._unstepped else 0
             self.doubles = self._doubled == PATIENCE

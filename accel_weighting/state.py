@@ -221,7 +221,7 @@ class WeighterState:
         if not isinstance(saved, Mapping) or saved.get("kind") != KIND:
             raise _not_our_state(saved)
         differences = {name: (saved.get(name), here) for name, here in self._identity(settings).items()}
-        differences = {name: (old, here) for name, (old, here) in differences.items() if old != here}
+        differences = {name: (old, here) for name, (old, here) in differences.items() if _differs(old, here)}
         if differences and (strict or "version" in differences):
             raise _other_checkpoint(differences)
         fresh = None if differences else self._method.init(self._tasks, self._initial_weights)[1]
@@ -303,6 +303,11 @@ class WeighterState:
 
 def _entry(method_state: State, name: str) -> Any:
     return next((value for key, value in method_state.items() if _last(key) == name), None)
+
+
+def _differs(old: Any, here: Any) -> bool:
+    """Whether a setting of a checkpoint, which may be anything, is not the one here."""
+    return isinstance(old, Tensor) or bool(old != here)
 
 
 def _classes(method: str) -> list[str]:

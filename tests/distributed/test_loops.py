@@ -228,8 +228,7 @@ def quiet_loops() -> list[str]:
         scaled.weighter.backward({task: loss * 1e-3 for task, loss in scaled.losses(step).items()})
         stepped(scaled)
     local = build()
-    averaged = LocalSGD(local.accelerator, local.model, 4, enabled=False)
-    averaged.enabled = True  # which it refuses under an engine that it does not know by name
+    averaged = LocalSGD(local.accelerator, local.model, 4)
     with averaged:
         for step in range(8):
             local.weighter.backward(local.losses(step))
