@@ -277,7 +277,7 @@ class Calls(RuleBasedStateMachine):
 
     def new(self) -> Weighter:
         heads = dict(model().heads)
-        return Weighter(self.method, TASKS, accelerator=self.accelerator, heads=heads, **self.options)
+        return Weighter(self.method, TASKS, accelerator=self.accelerator, heads=heads, max_growth=None, **self.options)
 
     # ---- what the rules are made of --------------------------------------------------------------------------------
 

@@ -77,7 +77,7 @@ def test_losses_that_never_come_to_the_weighter_are_said_once(caplog):
         weighter.backward([mean(y) for y in model(x)])
         with torch.no_grad():
             model(x)
-    assert not caplog.records
+    assert not [r for r in caplog.records if "no losses came to the weighter" in r.getMessage()]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated")
