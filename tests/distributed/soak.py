@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-import torch.distributed as dist  # noqa: TID251  ends the group of a weighter that is built anew
 from torch import Tensor
 
 from accel_weighting import CoVWeighting, GradNorm, Method, RotoGrad, Statistics, Weighter
@@ -189,9 +188,6 @@ class Trainer:
     def save(self, folder: Path) -> None:
         self.accelerator.save_state(str(folder))
         self.accelerator.wait_for_everyone()
-        group = self.weighter._steps._processes.group
-        if group is not None:
-            dist.destroy_process_group(group)  # elsewhere the process ends here
 
     def window(self, turn: Turn, interrupted: tuple[int, str] | None, count: CountCollectives) -> None:
         """All micro-batches of an optimizer step, and the step unless a gradient is not finite."""

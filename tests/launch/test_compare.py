@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.launch.launching import Launched
 
 TINY = ["--methods", "equal,static,rotograd,config", "--seeds", "0,1", "--lrs", "1e-3,1e-2", "--steps", "3"]
-RUNS = (1 + 4 + 1 + 1) * 2 * 2
+RUNS = (1 + 4 + 2 + 1) * 2 * 2
 
 
 def start(folder: Path, *options: str) -> Launched:
