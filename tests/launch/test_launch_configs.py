@@ -114,4 +114,4 @@ def environment_path() -> list[str]:
 
 def test_every_file_is_launched_here() -> None:
     launched = {*ONE_MACHINE, *SEVERAL, "hsdp", "slurm_multinode"}
-    assert {file.stem for file in CONFIGS.iterdir()} == launched
+    assert {file.stem for file in CONFIGS.iterdir() if file.suffix != ".md"} == launched
