@@ -233,6 +233,7 @@ def refused(folder: Path) -> dict[str, Any]:
     counter = Counter()
     turned.accelerator._custom_objects.insert(0, counter)  # as if it had been registered before the weighter
     turned.accelerator.save_state(str(folder.with_name("counter first")))
+    turned.accelerator.wait_for_everyone()  # custom objects are written by the main process alone
     straight = build(wrap=False)
     straight.accelerator.register_for_checkpointing(Counter())
     found["order of registration"] = error_of(
