@@ -7,7 +7,7 @@ import logging
 import math
 import numbers
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,23 +65,17 @@ def rotating(method: Method) -> Any:
 
 def positive_by_task(argument: str, values: Any, tasks: Sequence[str]) -> dict[str, float]:
     """``{task: positive finite number}``, tasks known; None is empty."""
-    if values is None:
-        return {}
-    if not isinstance(values, Mapping):
-        raise TypeError(f"Parameter `{argument}` must be a dictionary {{task: number}}. Found {values!r}.")
-    known(values, tasks)
-    wrong = {
-        task: value
-        for task, value in values.items()
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < float("inf")
-    }
-    if wrong:
-        raise ValueError(f"Parameter `{argument}` must hold positive finite numbers. Found {wrong!r}.")
-    return {task: float(values[task]) for task in tasks if task in values}  # in an order that all processes share
+    return _by_task(argument, values, tasks, "positive finite numbers", lambda x: 0 < x < math.inf)
 
 
 def finite_by_task(argument: str, values: Any, tasks: Sequence[str]) -> dict[str, float]:
     """``{task: finite number}``, tasks known; None is empty."""
+    return _by_task(argument, values, tasks, "finite numbers", math.isfinite)
+
+
+def _by_task(
+    argument: str, values: Any, tasks: Sequence[str], kind: str, allowed: Callable[[float], bool]
+) -> dict[str, float]:
     if values is None:
         return {}
     if not isinstance(values, Mapping):
@@ -90,11 +84,11 @@ def finite_by_task(argument: str, values: Any, tasks: Sequence[str]) -> dict[str
     wrong = {
         task: value
         for task, value in values.items()
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(float(value))
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not allowed(float(value))
     }
     if wrong:
-        raise ValueError(f"Parameter `{argument}` must hold finite numbers. Found {wrong!r}.")
-    return {task: float(values[task]) for task in tasks if task in values}
+        raise ValueError(f"Parameter `{argument}` must hold {kind}. Found {wrong!r}.")
+    return {task: float(values[task]) for task in tasks if task in values}  # in an order that all processes share
 
 
 def extra_losses(extra: Any, tasks: Sequence[str], names: list[str]) -> Mapping[str, Tensor]:
