@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-STEPS = 60
+STEPS = 300
 OTHER_PROCESSOR = {
     "ATEN_CPU_CAPABILITY": "default",
     "MKL_CBWR": "COMPATIBLE",
