@@ -6,6 +6,7 @@ names are looked up again and the modules found are compared with those hooked, 
 
 from __future__ import annotations
 
+import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ class Hooked(Protocol):
     """What a call of a head is handed to."""
 
     owner: Callable[[], Any]
+    rotations: Any
 
     def before_head(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """The arguments with which head ``k`` is called in place of those."""
@@ -58,12 +60,47 @@ class _Before(_Hook):
         self.keeps = None if copied else hooked.owner()  # the weighter lives as long as a model that it is hooked to
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        if _STATE in module.__dict__ and not torch.compiler.is_compiling():
+            module.__dict__[_STATE] = _CALLED
         before = self.hooked.copied_head if self.copied else self.hooked.before_head
         call = before(self._k, module, args, kwargs or {})
         return call[0] if kwargs is None else call  # torch gives no kwargs to a hook that was removed in this very call
 
     def __deepcopy__(self, memo: Any) -> _Before:
         return _Before(self.hooked, self._k, copied=True)
+
+
+_STATE = "_accel_weighting_forward"
+"""Where a rotated head notes whether it is idle, called as a module, or running."""
+
+_IDLE, _CALLED, _RUNNING = range(3)
+
+
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The ``forward`` of a rotated head: ``head.forward(z)`` by hand is ``head(z)``, which rotates."""
+    if torch.compiler.is_compiling():
+        return type(self).forward(self, *args, **kwargs)
+    entered = self.__dict__[_STATE]
+    if entered == _IDLE:
+        self.__dict__[_STATE] = _CALLED  # whatever became of the hooks, once is enough
+        return self(*args, **kwargs)
+    self.__dict__[_STATE] = _RUNNING  # and may call itself
+    try:
+        return type(self).forward(self, *args, **kwargs)
+    finally:
+        if entered == _CALLED:
+            self.__dict__[_STATE] = _IDLE
+
+
+def _route_forward(head: nn.Module) -> None:
+    """As a bound method, which a copy of the module rebinds to itself."""
+    if "forward" not in head.__dict__:  # somebody else's stays
+        head.__dict__.update({_STATE: _IDLE, "forward": types.MethodType(_forward, head)})
+
+
+def _leave_forward(head: nn.Module | None) -> None:
+    if head is not None and head.__dict__.pop(_STATE, None) is not None:
+        del head.__dict__["forward"]
 
 
 class _Follow(_Hook):
@@ -196,6 +233,8 @@ class Heads:
                 head.register_forward_pre_hook(_Before(hooked, k), prepend=True, with_kwargs=True),
                 head.register_forward_hook(_After(hooked, k)),
             )
+            if hooked.rotations is not None:
+                _route_forward(head)
         self._hooked = [weakref.ref(module) for module in modules]
         model = None if self._model is None else self._model()
         self._links = [_links(name, model) for name in self._names]
@@ -205,6 +244,8 @@ class Heads:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for ref in self._hooked:
+            _leave_forward(ref())
         self._hooked, self._links = [], [[] for _ in self.tasks]
 
     def moved(self) -> list[str]:

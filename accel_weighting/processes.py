@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,7 +153,7 @@ class Processes:
             if launched != 1 and accelerator.num_processes == 1:
                 checks.started_alone(launched)
         alone = not initialized
-        self._own = _Own(group)
+        self._own = _Own(None)
         if group is None and initialized and accelerator is not None:
             group, alone = _find_group(accelerator)
             if not alone:
@@ -160,10 +161,23 @@ class Processes:
         elif group is not None:
             self._own = _own_group(group, use_local_synchronization=True)
         self.number = self._own.weighters
-        self.group = group = self._own.group
         self.world = 1 if alone else dist.get_world_size(group)
         self.rank = 0 if alone else dist.get_rank(group)
         self._first = True
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group of all weighters over these processes; None for one process.
+
+        Raises:
+            RuntimeError: It was destroyed.
+        """
+        if self._own.group is None:
+            return None
+        group = self._own.group()
+        if group is None:
+            raise _groups_are_destroyed()
+        return group
 
     def sum(
         self,
@@ -267,37 +281,46 @@ class _Own:
     """What all weighters over the same processes share.
 
     Attributes:
-        group: Their process group.
+        group: Their process group; None for one process. It is not kept alive: torch has it until its process groups
+            are destroyed. Threads of a group that outlived them could abort the exit of the interpreter, or wait there.
         weighters: How many there were.
         length: To which their vectors are filled up, so that two weighters that step in opposite orders on two
             processes meet, and say so: the longest of them, at most ``FIRST``. Every process sees the same collectives
             in the same order, and so the same length.
     """
 
-    group: dist.ProcessGroup | None
+    group: weakref.ref[dist.ProcessGroup] | None
     weighters: int = 0
     length: int = 0
 
 
-_OWN: dict[tuple[Any, ...], _Own] = {}
-"""By the world that the group was made in, its processes and its timeout."""
+_OWN: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Any, ...], _Own]] = weakref.WeakKeyDictionary()
+"""By the world that the group was made in, which is not kept alive; then by its processes and its timeout."""
 
 
 def _own_group(group: dist.ProcessGroup | None, use_local_synchronization: bool) -> _Own:
     """The group of the same processes (None: all) with the same timeout, which has one weighter more now."""
-    found = dist.group.WORLD if group is None else group
-    assert found is not None
+    world = dist.group.WORLD
+    assert world is not None
+    found = world if group is None else group
     device = torch.device("cuda" if "nccl" in dist.get_backend(found) else "cpu")
     timeout = found._get_backend(device).options._timeout
     ranks = dist.get_process_group_ranks(found)
-    for key in [key for key in _OWN if key[0] is not dist.group.WORLD]:  # of a world that was destroyed
-        del _OWN[key]
-    key = dist.group.WORLD, tuple(ranks), timeout
-    if key not in _OWN:
-        made = found
+    groups = _OWN.setdefault(world, {})
+    key = tuple(ranks), timeout
+    if key not in groups:
+        made = None
         if len(ranks) > 1:
             made = dist.new_group(ranks, timeout, use_local_synchronization=use_local_synchronization)
-        _OWN[key] = _Own(made)
-    own = _OWN[key]
+        groups[key] = _Own(None if made is None else weakref.ref(made))
+    own = groups[key]
     own.weighters += 1
     return own
+
+
+def _groups_are_destroyed() -> RuntimeError:
+    """A step after the end."""
+    return RuntimeError(
+        "torch's process groups were destroyed (`accelerator.end_training()` does so), so the weighter can no longer "
+        "sum over processes. End the training after its last step."
+    )

@@ -8,6 +8,9 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch.distributed as dist  # noqa: TID251  the end of its process groups is what is tested
+
 from accel_weighting import Weighter
 from tests.distributed.setups import GRADNORM, NAMES, build
 from tests.ranks import run_ranks
@@ -77,6 +80,42 @@ def loaded(folder: Path) -> Any:
     setup.weighter = Weighter(GRADNORM, NAMES, accelerator=setup.accelerator, heads=dict(setup.inner.heads))
     setup.accelerator.load_state(str(folder))
     return setup.weighter.weights, first.value, last.value
+
+
+def gloo_threads() -> int:
+    names = (Path(f"/proc/self/task/{task}/comm").read_text() for task in os.listdir("/proc/self/task"))
+    return sum("gloo" in name for name in names)
+
+
+def ended(engine: str, wrap: bool, weighted: bool) -> tuple[int, int, str]:
+    """Gloo's threads before and after the end of the training, and what a further sum says."""
+    setup = build(engine, wrap=wrap)
+    if weighted:
+        for step in range(2):
+            setup.step(step)
+    else:
+        setup.weighter.detach()
+        del setup.weighter
+    before = gloo_threads()
+    dist.barrier()
+    setup.accelerator.end_training()
+    gc.collect()
+    after, message = gloo_threads(), ""
+    if weighted:
+        with pytest.raises(RuntimeError) as error:
+            setup.weighter._steps._processes.gather(0)
+        message = str(error.value)
+    return before, after, message
+
+
+@pytest.mark.parametrize(("engine", "wrap"), [("ddp", False), ("ddp", True), ("fsdp2", True)])
+def test_our_process_group_ends_with_the_others(engine: str, wrap: bool, tmp_path: Path) -> None:
+    """Threads that outlive their group can abort the exit of the interpreter, or wait there for ever."""
+    weighted = run_ranks(ended, 2, tmp_path, engine, wrap, True)
+    without = run_ranks(ended, 2, tmp_path, engine, wrap, False)
+    for (before, after, message), (_, alone, _) in zip(weighted, without, strict=True):
+        assert before > after == alone
+        assert "process groups were destroyed" in message
 
 
 def test_fifty_weighters_leave_no_descriptor_and_no_thread(tmp_path: Path) -> None:

@@ -277,3 +277,41 @@ def test_a_weighter_of_the_same_tasks_on_the_same_heads_takes_the_place_of_the_o
     assert_close(weighter.statistics.norms, gradients_by_hand(net()).norm(dim=1), **EXACT)
     assert_gradients_by_hand(model, {"depth": 1, "seg": 1})
     assert len(model.heads["seg"]._forward_pre_hooks) == 1
+
+
+class Recursive(nn.Linear):
+    """A head whose ``forward`` calls itself."""
+
+    def forward(self, z, again=True):
+        return 0.5 * self.forward(z, again=False) if again else super().forward(z)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Recursive])
+def test_forward_by_hand_of_a_rotated_head_is_a_call_of_the_head(kind):
+    """In training and in evaluation, of the head and of its copy; and no longer once the weighter is detached."""
+    torch.manual_seed(0)
+    trunk, heads = nn.Linear(4, 6), nn.ModuleDict({t: kind(6, 1) for t in "ab"})
+    weighter = Weighter(RotoGrad(burn_in=0, lr=0.3), ["a", "b"], heads=dict(heads))
+
+    def train(call):
+        for step in range(5):
+            z = trunk(torch.randn(8, 4, generator=torch.Generator().manual_seed(step)))
+            weighter.backward({t: (call(heads[t], z) - 1).square().mean() for t in "ab"})
+            yield weighter.statistics.norms
+
+    wanted = list(train(lambda head, z: head(z)))
+    weighter.detach()
+    weighter = Weighter(RotoGrad(burn_in=0, lr=0.3), ["a", "b"], heads=dict(heads))
+    found = list(train(lambda head, z: head.forward(z)))
+    assert all((a == b).all() for a, b in zip(found, wanted, strict=True))
+    z = trunk(torch.randn(8, 4))
+    copied = copy.deepcopy(heads)
+    with torch.no_grad():
+        for t in "ab":
+            rotated = heads[t](z)
+            assert torch.equal(heads[t].forward(z), rotated)
+            assert torch.equal(copied[t].forward(z), rotated) and torch.equal(copied[t](z), rotated)
+    weighter.detach()
+    with torch.no_grad():
+        assert not torch.allclose(heads["a"].forward(z), rotated)
+        assert all("forward" not in vars(head) for head in heads.values())
