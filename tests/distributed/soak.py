@@ -27,13 +27,18 @@ import psutil
 import torch
 from torch import Tensor
 
-from accel_weighting import CoVWeighting, GradNorm, Method, RotoGrad, Statistics, Weighter
+from accel_weighting import CarryForward, CoVWeighting, GradNorm, Method, RotoGrad, Statistics, Weighter
 from accel_weighting.history import CAPACITY
 from tests.ranks import accelerator_for, run_ranks
 from tests.scenarios import CountCollectives
 from tests.small import ROWS, WIDTH, Net, batch, names, task_losses, tensor
 
-METHODS: dict[str, Method] = {"gradnorm": GradNorm(), "cov": CoVWeighting(), "rotograd": RotoGrad()}
+METHODS: dict[str, Method] = {
+    "gradnorm": GradNorm(),
+    "cov": CoVWeighting(),
+    "rotograd": RotoGrad(),
+    "carry": CarryForward(GradNorm(), steps=8),
+}
 TASKS = names(3)
 MICRO = 3  # micro-batches of a whole window, per process
 LIMIT = 3  # max_skipped_steps
@@ -51,12 +56,15 @@ CHANCE = {  # of what begins at a step, or is in it
     "resume in a storm": 0.3,
     "task missing on one rank": 0.08,
     "task missing everywhere": 0.05,
+    "one task alone": 0.08,
     "all tasks missing on one rank": 0.03,
     "frozen spell": 0.01,
     "frozen micro-batch": 0.03,
     "evaluation": 0.1,
     "exception": 0.05,
     "resume": 0.008,
+    "closure": 0.05,
+    "rebuilt weighter": 0.02,
 }
 
 
@@ -75,6 +83,8 @@ class Turn:
         evaluated: The micro-batch before which there is an evaluation.
         interrupted: Micro-batch and place of an exception on all processes, after which the window is begun again.
         resumed: Whether all is saved and built anew before the step.
+        closed: Whether the optimizer calls a closure, which runs all of the window's backwards again.
+        rebuilt: Whether a new weighter takes the place of the old one before the step.
     """
 
     step: int
@@ -88,6 +98,8 @@ class Turn:
     evaluated: int | None = None
     interrupted: tuple[int, str] | None = None
     resumed: bool = False
+    closed: bool = False
+    rebuilt: bool = False
 
     def recorded(self, ranks: int) -> list[int]:
         """The blocks that the statistics take in."""
@@ -122,6 +134,7 @@ def script(steps: int, seed: int, ranks: int) -> tuple[list[Turn], Counter[str]]
         for kind, missing, tasks in (
             ("task missing on one rank", of_one_rank, 1),
             ("task missing everywhere", range(blocks), rng.randint(1, 2)),
+            ("one task alone", range(blocks), len(TASKS) - 1),
             ("all tasks missing on one rank", of_one_rank, len(TASKS)),
         ):
             if happens(kind):
@@ -151,6 +164,8 @@ def script(steps: int, seed: int, ranks: int) -> tuple[list[Turn], Counter[str]]
                 rng.randrange(micro) if happens("evaluation") else None,
                 interrupted,
                 happens("resume") or bool(storm and happens("resume in a storm")),
+                happens("closure"),
+                happens("rebuilt weighter"),
             )
         )
         counts["frozen step"] += frozen > 0
@@ -177,13 +192,18 @@ class Trainer:
         model: Any
         model, self.optimizer = self.accelerator.prepare(self.inner, optimizer)
         self.model = model
-        self.weighter = Weighter(
-            method,
-            TASKS,
-            accelerator=self.accelerator,
-            heads=dict(self.inner.heads),
-            max_skipped_steps=LIMIT,
-        )
+        self.weighter = self.new_weighter(method)
+
+    def new_weighter(self, method: Method) -> Weighter:
+        heads = dict(self.inner.heads)
+        return Weighter(method, TASKS, accelerator=self.accelerator, heads=heads, max_skipped_steps=LIMIT)
+
+    def rebuild(self) -> None:
+        """A new weighter on the same heads, with the state of the old one."""
+        state = self.weighter.state_dict()
+        self.weighter.detach()
+        self.weighter = self.new_weighter(self.weighter.method)
+        self.weighter.load_state_dict(state)
 
     def save(self, folder: Path) -> None:
         self.accelerator.save_state(str(folder))
@@ -199,15 +219,31 @@ class Trainer:
                 raise Interruption
             if turn.evaluated == m:
                 self.evaluate(x, y, count)
-            mine = range(m * self.ranks, (m + 1) * self.ranks) if self.share > 1 else [m * self.ranks + self.rank]
-            for b in mine:
-                last = b >= len(rows) - self.ranks and b == mine[-1]
-                self.accelerator.sync_gradients = last
-                with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                    self.block(turn, b, m == turn.unrecorded, *rows[b], place, count)
+            self.micro_batch(turn, m, rows, place, count)
         gradients = [p.grad.sum() for p in self.inner.parameters() if p.grad is not None]
-        if torch.stack(gradients).isfinite().all():
+        if not torch.stack(gradients).isfinite().all():
+            return
+        if not turn.closed or self.share > 1:
             self.optimizer.step()
+            return
+
+        def closure() -> None:
+            self.model.zero_grad()
+            for m in range(turn.micro):
+                self.micro_batch(turn, m, rows, None, count)
+
+        self.optimizer.step(closure)
+
+    def micro_batch(
+        self, turn: Turn, m: int, rows: list[tuple[Tensor, Tensor]], place: str | None, count: CountCollectives
+    ) -> None:
+        """The blocks of micro-batch `m` that are this process's."""
+        mine = range(m * self.ranks, (m + 1) * self.ranks) if self.share > 1 else [m * self.ranks + self.rank]
+        for b in mine:
+            last = b >= len(rows) - self.ranks and b == mine[-1]
+            self.accelerator.sync_gradients = last
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                self.block(turn, b, m == turn.unrecorded, *rows[b], place, count)
 
     def block(
         self, turn: Turn, b: int, unrecorded: bool, x: Tensor, y: Tensor, place: str | None, count: CountCollectives
@@ -306,6 +342,8 @@ def soak(name: str, steps: int, seed: int, ranks: int, alone: bool, folder: Path
             trainer.accelerator.load_state(str(folder / "checkpoint"))
             assert_same(trainer.weighter.state_dict()["state"], replay.state)
             out.resumes += 1
+        elif turn.rebuilt and not alone:
+            trainer.rebuild()
         weighter = trainer.weighter
         if turn.frozen and not weighter.frozen:
             weighter.freeze()
@@ -457,7 +495,7 @@ def run(
         part.mkdir(parents=True)
         show(f"{name}, {world} process{'es' if world > 1 else ''}:")
         with shown(part / "progress", show):
-            patience = 60 + 0.5 * steps
+            patience = 120 + steps  # a machine that does other things too
             results.append(run_ranks(soak, world, part, name, steps, seed, ranks, world == 1, part, timeout=patience))
     return results[0], results[1][0]
 
