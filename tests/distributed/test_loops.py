@@ -6,7 +6,9 @@ Functions without `test` in their names run inside the processes, many in one la
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,6 +37,11 @@ STEPS = 6
 
 
 def parameters(setup: Setup) -> list[Tensor]:
+    if any(hasattr(p, "ds_id") for p in setup.inner.parameters()):  # divided by ZeRO-3
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(setup.inner.parameters())):
+            return [p.detach().clone() for p in setup.inner.parameters()]
     full = [getattr(p, "full_tensor", lambda p=p: p)() for p in setup.inner.parameters()]
     return [p.detach().clone() for p in full]
 
@@ -215,14 +222,29 @@ def extra_of_the_global_batch() -> tuple[float, bool, float]:
     return mean, setup.weighter.weights == before, setup.weighter.log_values()["weighting/skipped_steps"]
 
 
-def quiet_loops() -> list[str]:
-    """Steps that fp16's scaler skips, LocalSGD, buckets that gradients are views of."""
-    from accelerate.local_sgd import LocalSGD
-
+@contextlib.contextmanager
+def warnings_said() -> Iterator[list[str]]:
+    """What the library logs meanwhile."""
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("accel_weighting").addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logging.getLogger("accel_weighting").removeHandler(handler)
+
+
+def quiet_loops() -> list[str]:
+    """Steps that fp16's scaler skips, LocalSGD, buckets that gradients are views of."""
+    with warnings_said() as messages:
+        run_quiet_loops()
+    return [message for message in messages if "not finite" not in message and "half" not in message]
+
+
+def run_quiet_loops() -> None:
+    from accelerate.local_sgd import LocalSGD
+
     scaled = build(dtype=torch.float32, mixed_precision="fp16", loss_scale=2.0**40)
     for step in range(30):
         scaled.weighter.backward({task: loss * 1e-3 for task, loss in scaled.losses(step).items()})
@@ -240,8 +262,61 @@ def quiet_loops() -> list[str]:
         if step % 2:
             views.optimizer.step()
         views.optimizer.zero_grad(set_to_none=False)
-    logging.getLogger("accel_weighting").removeHandler(handler)
-    return [message for message in messages if "not finite" not in message and "half" not in message]
+
+
+# ---- DeepSpeed, which steps inside of its backward -------------------------------------------------------------------
+
+
+def skipping(engine: str, how: str) -> dict[str, Any]:
+    """Windows of two micro-batches; every third step is one that the user skips.
+
+    `how`: "no step": nobody calls `optimizer.step`; "no backward": the losses are combined, looked at and dropped.
+    """
+    with warnings_said() as messages:
+        setup = build(engine, dtype=torch.float32, gradient_accumulation_steps=2)
+        weighter, trail = setup.weighter, [parameters(setup)]
+        for step in range(WINDOWS):
+            for part in range(2):
+                with setup.accelerator.accumulate(setup.model):
+                    total = weighter.combine(setup.losses(step, part=part, parts=2))
+                    if how == "no step" or step % 3:
+                        setup.accelerator.backward(total)
+                        weighter.step()
+                        if step % 3:
+                            setup.optimizer.step()
+                    else:
+                        weighter.reset()
+                    setup.optimizer.zero_grad()
+            trail.append(parameters(setup))
+    moved = [not all(map(torch.equal, before, after)) for before, after in itertools.pairwise(trail)]
+    return {"messages": messages, "moved": sum(moved), **seen(setup)}
+
+
+WINDOWS = 30
+SKIPPING = [(engine, how) for engine in ("zero2", "zero3") for how in ("no step", "no backward")]
+
+
+def all_skipping() -> dict[tuple[str, str], dict[str, Any]]:
+    return {which: skipping(*which) for which in [*SKIPPING, ("ddp", "no backward")]}
+
+
+@pytest.fixture(scope="module")
+def skipped(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], dict[str, Any]]]:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    return run_ranks(all_skipping, 2, tmp_path_factory.mktemp("skipped"), timeout=240)
+
+
+@pytest.mark.parametrize(("engine", "how"), SKIPPING)
+def test_deepspeed_with_accumulation_raises_no_alarm(engine: str, how: str, skipped) -> None:
+    """It steps where the backward of a window ends, whether or not the user calls `optimizer.step`."""
+    for ranks in skipped:
+        found, expected = ranks[engine, how], ranks["ddp", "no backward"]
+        assert found["messages"] == []
+        assert found["step"] == found["moved"] == (WINDOWS if how == "no step" else WINDOWS * 2 // 3)
+        if how == "no backward":
+            torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-5, atol=0)
+            for mine, theirs in zip(found["parameters"], expected["parameters"], strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 def refusals() -> dict[str, Any]:
