@@ -371,17 +371,22 @@ METHODS: list[Method] = [
 ROUNDS = 60
 
 
-DIFFERENT = {2: [(0, 1)], 3: [(0, 1), (2, 0)]}
-"""Of every round the windows, and in each the task of every process."""
+DIFFERENT: dict[int, list[tuple[int | None, ...]]] = {2: [(0, 1)], 3: [(0, 1), (2, 0)]}
+"""Of every round the windows, and in each the task of every process; None: a process without samples."""
+
+
+def windows_of(how: str, tasks: int, processes: int) -> list[Any]:
+    """`how`: "together"; "same": round robin, one task on all processes; "different": a task on each of the two."""
+    if how == "together":
+        return [None]
+    return [(k,) * processes for k in range(tasks)] if how == "same" else DIFFERENT[tasks]
 
 
 def rounds(method: Method, tasks: int, how: str) -> list[float]:
-    """`how`: "together"; "same": round robin, one task on all processes; "different": a task on each of the two."""
+    """The model is held still."""
     setup = build(names=NAMES[:tasks], method=method if how == "together" else CarryForward(method))
-    same = [(k,) * setup.accelerator.num_processes for k in range(tasks)]
-    windows: dict[str, Any] = {"together": [None], "same": same, "different": DIFFERENT[tasks]}
     for turn in range(ROUNDS):
-        for here in windows[how]:
+        for here in windows_of(how, tasks, setup.accelerator.num_processes):
             x, y = batch(turn % 4, tasks, F64)
             rows = setup.rows(turn) if how != "different" else slice(0, 36)  # then each task has its own data
             losses = task_losses(setup.model(x[rows]), y[rows])
@@ -391,9 +396,12 @@ def rounds(method: Method, tasks: int, how: str) -> list[float]:
     return list(setup.weighter.weights.values())
 
 
+def hows() -> list[str]:
+    return ["together", "same"] + ["different"] * (dist.is_initialized() and dist.get_world_size() > 1)
+
+
 def all_rounds() -> dict[tuple[int, int], dict[str, list[float]]]:
-    hows = ["together", "same"] + ["different"] * (dist.is_initialized() and dist.get_world_size() > 1)
-    return {(m, tasks): {how: rounds(METHODS[m], tasks, how) for how in hows} for m in range(8) for tasks in (2, 3)}
+    return {(m, tasks): {how: rounds(METHODS[m], tasks, how) for how in hows()} for m in range(8) for tasks in (2, 3)}
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 process", "2 processes"])
@@ -409,3 +417,68 @@ def test_round_robin_with_carry_forward_reaches_the_weights_of_all_tasks_in_each
     together = found.pop("together")
     for how, weights in found.items():
         assert weights == pytest.approx(together, rel=0.1), how
+
+
+# ---- and while the model trains --------------------------------------------------------------------------------------
+
+CLEAR: list[Method] = [
+    *(GradNorm(lr=0.1), CoVWeighting(), DynamicWeightAverage(temperature=0.2), SoftAdapt(beta=20.0)),
+    *(ReLoBRaLo(alpha=0.9), FAMO(), GradientBalancer(decay=0.9), UncertaintyWeighting(lr=0.1)),
+]
+"""As above, but for two that would hardly move here."""
+
+TRAINED_ROUNDS = 12
+SIZES = (1, 4, 16)
+"""Of the losses: three tasks that are learned at three speeds."""
+
+
+def learned(tasks: int) -> tuple[Tensor, Tensor]:
+    """Inputs, and targets of heads that are off by a little: losses that fall from the first step on."""
+    teacher, generator = net(NAMES[:tasks]), torch.Generator().manual_seed(5)
+    x, _ = batch(0, tasks, F64)
+    with torch.no_grad():
+        for head in teacher.heads.values():
+            head.outer.weight += torch.randn(head.outer.weight.shape, generator=generator, dtype=F64)
+            head.outer.bias += 1.0
+        return x, torch.stack(list(teacher(x).values()), 1)
+
+
+def training(method: Method, tasks: int, how: str) -> list[float]:
+    """How far every weight moved from its start, relative to it."""
+    apart = how == "different"  # there every task is on one of two processes, whose gradients are averaged
+    carried = method if how == "together" else CarryForward(method)
+    setup = build(names=NAMES[:tasks], method=carried, lr=4e-3 if apart else 2e-3)
+    start, (x, y) = setup.weighter.weights, learned(tasks)
+    windows = windows_of(how, tasks, setup.accelerator.num_processes)
+    if apart and tasks == 3:
+        windows = [(0, 1), (2, None)]  # every task once in a round, as in the others
+    for turn in range(TRAINED_ROUNDS):
+        for here in windows:
+            rows = slice(0, 36) if apart else setup.rows(turn)
+            errors = {name: o - y[rows, k] for k, (name, o) in enumerate(setup.model(x[rows]).items())}
+            losses = {name: SIZES[k] * error.square().mean() for k, (name, error) in enumerate(errors.items())}
+            counts = here and {name: int(i == here[setup.accelerator.process_index]) for i, name in enumerate(losses)}
+            setup.weighter.backward(losses, num_items=counts)
+            stepped(setup)
+    return [weight / start[name] - 1 for name, weight in setup.weighter.weights.items()]
+
+
+def all_training() -> dict[tuple[int, int], dict[str, list[float]]]:
+    return {(m, tasks): {how: training(CLEAR[m], tasks, how) for how in hows()} for m in range(8) for tasks in (2, 3)}
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 process", "2 processes"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run_ranks(all_training, request.param, tmp_path_factory.mktemp("trained"), timeout=300)[0]
+
+
+@pytest.mark.parametrize("tasks", [2, 3])
+@pytest.mark.parametrize("m", range(8), ids=lambda m: type(METHODS[m]).__name__)
+def test_while_the_model_trains_round_robin_moves_the_weights_the_same_way(m, tasks, trained) -> None:
+    """Every weight, and here by nearly as much. Two tasks on two processes are the very training of both together."""
+    found = trained[m, tasks]
+    together = found.pop("together")
+    assert min(map(abs, together)) > 0.05
+    for how, moves in found.items():
+        assert [move > 0 for move in moves] == [move > 0 for move in together], how
+        assert moves == pytest.approx(together, rel=1e-9 if (how, tasks) == ("different", 2) else 0.2), how
