@@ -124,7 +124,8 @@ class Loop:
         given = Given.parse(losses, num_items, self.tasks)
         extra = checks.extra_losses(extra, self.tasks, self._steps.layout.extras)
         if not torch.is_grad_enabled():
-            return self._total(given.vector(self.tasks, self._branch.head_outputs), extra)
+            v = given.vector(self.tasks, self._branch.head_outputs)
+            return self._total(v, extra, paused=self._optimizers.next_repeats)
         paused = self._optimizers.begins()
         self._check_order(given, paused)
         v = given.vector(self.tasks, self._branch.head_outputs)

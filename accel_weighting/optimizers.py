@@ -79,14 +79,23 @@ class OptimizerWatch:
         """Whether the pass that is going on leaves no trace."""
         return self.paused or (self._repeated and self._steps.running)
 
-    def begins(self) -> bool:
-        """A pass begins; whether it leaves no trace: it was said, or it is a further one of the same optimizer step.
+    @property
+    def next_repeats(self) -> bool:
+        """Whether a pass that begins now leaves no trace: it was said, or it is a further one of an optimizer step.
 
-        That is, a closure that runs again, or one that runs though the pass of this step came before it.
+        That is, of a closure that runs again, or that runs though the pass of this step came before it.
         """
-        last = self._steps.begun - (not self._in_step)
-        self._repeated = self._opened_at == last and self._steps.running
+        return self.paused or self._is_in_the_same_step
+
+    def begins(self) -> bool:
+        """A pass begins; whether it leaves no trace."""
+        self._repeated = self._is_in_the_same_step
         return self.repeats
+
+    @property
+    def _is_in_the_same_step(self) -> bool:
+        last = self._steps.begun - (not self._in_step)
+        return self._opened_at == last and self._steps.running
 
     def opens(self, prepared: bool) -> bool:
         """A window opens; whether the gradients of the last one may be waiting for an optimizer still.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .audit import Audit
 from .branch import Branch
+from .optimizers import OptimizerWatch
 from .rotations import Rotations, no_rotations
 from .statistics import Method, Statistics
 from .steps import Steps
@@ -24,6 +25,7 @@ class Readings:
     _steps: Steps
     _rotations: Rotations | None
     _branch: Branch
+    _optimizers: OptimizerWatch
     _audit: Audit | None = None
 
     def __repr__(self) -> str:
@@ -33,8 +35,10 @@ class Readings:
 
     @property
     def weights(self) -> dict[str, float]:
-        """``{task: weight}``, those that the next backward will use."""
-        return dict(zip(self.tasks, self._steps.settled.weights.tolist(), strict=True))
+        """``{task: weight}``, those that the next backward will use; in a closure that runs again, this step's."""
+        state = self._steps.settled
+        weights = state.applied if self._optimizers.next_repeats else state.weights
+        return dict(zip(self.tasks, weights.tolist(), strict=True))
 
     @property
     def statistics(self) -> Statistics | None:

@@ -46,7 +46,8 @@ class GradNorm(Method):
             equal and the losses are not read.
         lr: Learning rate of the weights.
         optimizer: ``"adam"``: Adam(0.9, 0.999, 1e-8) on v with ``w = K exp(v) / Σ exp(v)``; independent of the units
-            of the losses. ``"sgd"``: ``w_i −= lr s_i n_i`` as in the paper, floored and rescaled.
+            of the losses as far as norms are large beside 1e-8. ``"sgd"``: ``w_i −= lr s_i n_i`` as in the paper,
+            floored and rescaled.
         initial_losses: ``{task: L_i(0)}``, positive, e.g. ``log C`` for C classes; other tasks take their first
             positive loss.
         initial_loss_decay: At d < 1 the reference moves: ``L_i(0) ← d L_i(0) + (1 − d) L_i`` after every update.

@@ -6,7 +6,9 @@ Functions without `test` in their names run inside the processes, many in one la
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,6 +37,11 @@ STEPS = 6
 
 
 def parameters(setup: Setup) -> list[Tensor]:
+    if any(hasattr(p, "ds_id") for p in setup.inner.parameters()):  # divided by ZeRO-3
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(setup.inner.parameters())):
+            return [p.detach().clone() for p in setup.inner.parameters()]
     full = [getattr(p, "full_tensor", lambda p=p: p)() for p in setup.inner.parameters()]
     return [p.detach().clone() for p in full]
 
@@ -215,14 +222,29 @@ def extra_of_the_global_batch() -> tuple[float, bool, float]:
     return mean, setup.weighter.weights == before, setup.weighter.log_values()["weighting/skipped_steps"]
 
 
-def quiet_loops() -> list[str]:
-    """Steps that fp16's scaler skips, LocalSGD, buckets that gradients are views of."""
-    from accelerate.local_sgd import LocalSGD
-
+@contextlib.contextmanager
+def warnings_said() -> Iterator[list[str]]:
+    """What the library logs meanwhile."""
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("accel_weighting").addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logging.getLogger("accel_weighting").removeHandler(handler)
+
+
+def quiet_loops() -> list[str]:
+    """Steps that fp16's scaler skips, LocalSGD, buckets that gradients are views of."""
+    with warnings_said() as messages:
+        run_quiet_loops()
+    return [message for message in messages if "not finite" not in message and "half" not in message]
+
+
+def run_quiet_loops() -> None:
+    from accelerate.local_sgd import LocalSGD
+
     scaled = build(dtype=torch.float32, mixed_precision="fp16", loss_scale=2.0**40)
     for step in range(30):
         scaled.weighter.backward({task: loss * 1e-3 for task, loss in scaled.losses(step).items()})
@@ -240,8 +262,61 @@ def quiet_loops() -> list[str]:
         if step % 2:
             views.optimizer.step()
         views.optimizer.zero_grad(set_to_none=False)
-    logging.getLogger("accel_weighting").removeHandler(handler)
-    return [message for message in messages if "not finite" not in message and "half" not in message]
+
+
+# ---- DeepSpeed, which steps inside of its backward -------------------------------------------------------------------
+
+
+def skipping(engine: str, how: str) -> dict[str, Any]:
+    """Windows of two micro-batches; every third step is one that the user skips.
+
+    `how`: "no step": nobody calls `optimizer.step`; "no backward": the losses are combined, looked at and dropped.
+    """
+    with warnings_said() as messages:
+        setup = build(engine, dtype=torch.float32, gradient_accumulation_steps=2)
+        weighter, trail = setup.weighter, [parameters(setup)]
+        for step in range(WINDOWS):
+            for part in range(2):
+                with setup.accelerator.accumulate(setup.model):
+                    total = weighter.combine(setup.losses(step, part=part, parts=2))
+                    if how == "no step" or step % 3:
+                        setup.accelerator.backward(total)
+                        weighter.step()
+                        if step % 3:
+                            setup.optimizer.step()
+                    else:
+                        weighter.reset()
+                    setup.optimizer.zero_grad()
+            trail.append(parameters(setup))
+    moved = [not all(map(torch.equal, before, after)) for before, after in itertools.pairwise(trail)]
+    return {"messages": messages, "moved": sum(moved), **seen(setup)}
+
+
+WINDOWS = 30
+SKIPPING = [(engine, how) for engine in ("zero2", "zero3") for how in ("no step", "no backward")]
+
+
+def all_skipping() -> dict[tuple[str, str], dict[str, Any]]:
+    return {which: skipping(*which) for which in [*SKIPPING, ("ddp", "no backward")]}
+
+
+@pytest.fixture(scope="module")
+def skipped(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], dict[str, Any]]]:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    return run_ranks(all_skipping, 2, tmp_path_factory.mktemp("skipped"), timeout=240)
+
+
+@pytest.mark.parametrize(("engine", "how"), SKIPPING)
+def test_deepspeed_with_accumulation_raises_no_alarm(engine: str, how: str, skipped) -> None:
+    """It steps where the backward of a window ends, whether or not the user calls `optimizer.step`."""
+    for ranks in skipped:
+        found, expected = ranks[engine, how], ranks["ddp", "no backward"]
+        assert found["messages"] == []
+        assert found["step"] == found["moved"] == (WINDOWS if how == "no step" else WINDOWS * 2 // 3)
+        if how == "no backward":
+            torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-5, atol=0)
+            for mine, theirs in zip(found["parameters"], expected["parameters"], strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 def refusals() -> dict[str, Any]:
@@ -296,17 +371,22 @@ METHODS: list[Method] = [
 ROUNDS = 60
 
 
-DIFFERENT = {2: [(0, 1)], 3: [(0, 1), (2, 0)]}
-"""Of every round the windows, and in each the task of every process."""
+DIFFERENT: dict[int, list[tuple[int | None, ...]]] = {2: [(0, 1)], 3: [(0, 1), (2, 0)]}
+"""Of every round the windows, and in each the task of every process; None: a process without samples."""
+
+
+def windows_of(how: str, tasks: int, processes: int) -> list[Any]:
+    """`how`: "together"; "same": round robin, one task on all processes; "different": a task on each of the two."""
+    if how == "together":
+        return [None]
+    return [(k,) * processes for k in range(tasks)] if how == "same" else DIFFERENT[tasks]
 
 
 def rounds(method: Method, tasks: int, how: str) -> list[float]:
-    """`how`: "together"; "same": round robin, one task on all processes; "different": a task on each of the two."""
+    """The model is held still."""
     setup = build(names=NAMES[:tasks], method=method if how == "together" else CarryForward(method))
-    same = [(k,) * setup.accelerator.num_processes for k in range(tasks)]
-    windows: dict[str, Any] = {"together": [None], "same": same, "different": DIFFERENT[tasks]}
     for turn in range(ROUNDS):
-        for here in windows[how]:
+        for here in windows_of(how, tasks, setup.accelerator.num_processes):
             x, y = batch(turn % 4, tasks, F64)
             rows = setup.rows(turn) if how != "different" else slice(0, 36)  # then each task has its own data
             losses = task_losses(setup.model(x[rows]), y[rows])
@@ -316,9 +396,12 @@ def rounds(method: Method, tasks: int, how: str) -> list[float]:
     return list(setup.weighter.weights.values())
 
 
+def hows() -> list[str]:
+    return ["together", "same"] + ["different"] * (dist.is_initialized() and dist.get_world_size() > 1)
+
+
 def all_rounds() -> dict[tuple[int, int], dict[str, list[float]]]:
-    hows = ["together", "same"] + ["different"] * (dist.is_initialized() and dist.get_world_size() > 1)
-    return {(m, tasks): {how: rounds(METHODS[m], tasks, how) for how in hows} for m in range(8) for tasks in (2, 3)}
+    return {(m, tasks): {how: rounds(METHODS[m], tasks, how) for how in hows()} for m in range(8) for tasks in (2, 3)}
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 process", "2 processes"])
@@ -334,3 +417,68 @@ def test_round_robin_with_carry_forward_reaches_the_weights_of_all_tasks_in_each
     together = found.pop("together")
     for how, weights in found.items():
         assert weights == pytest.approx(together, rel=0.1), how
+
+
+# ---- and while the model trains --------------------------------------------------------------------------------------
+
+CLEAR: list[Method] = [
+    *(GradNorm(lr=0.1), CoVWeighting(), DynamicWeightAverage(temperature=0.2), SoftAdapt(beta=20.0)),
+    *(ReLoBRaLo(alpha=0.9), FAMO(), GradientBalancer(decay=0.9), UncertaintyWeighting(lr=0.1)),
+]
+"""As above, but for two that would hardly move here."""
+
+TRAINED_ROUNDS = 12
+SIZES = (1, 4, 16)
+"""Of the losses: three tasks that are learned at three speeds."""
+
+
+def learned(tasks: int) -> tuple[Tensor, Tensor]:
+    """Inputs, and targets of heads that are off by a little: losses that fall from the first step on."""
+    teacher, generator = net(NAMES[:tasks]), torch.Generator().manual_seed(5)
+    x, _ = batch(0, tasks, F64)
+    with torch.no_grad():
+        for head in teacher.heads.values():
+            head.outer.weight += torch.randn(head.outer.weight.shape, generator=generator, dtype=F64)
+            head.outer.bias += 1.0
+        return x, torch.stack(list(teacher(x).values()), 1)
+
+
+def training(method: Method, tasks: int, how: str) -> list[float]:
+    """How far every weight moved from its start, relative to it."""
+    apart = how == "different"  # there every task is on one of two processes, whose gradients are averaged
+    carried = method if how == "together" else CarryForward(method)
+    setup = build(names=NAMES[:tasks], method=carried, lr=4e-3 if apart else 2e-3)
+    start, (x, y) = setup.weighter.weights, learned(tasks)
+    windows = windows_of(how, tasks, setup.accelerator.num_processes)
+    if apart and tasks == 3:
+        windows = [(0, 1), (2, None)]  # every task once in a round, as in the others
+    for turn in range(TRAINED_ROUNDS):
+        for here in windows:
+            rows = slice(0, 36) if apart else setup.rows(turn)
+            errors = {name: o - y[rows, k] for k, (name, o) in enumerate(setup.model(x[rows]).items())}
+            losses = {name: SIZES[k] * error.square().mean() for k, (name, error) in enumerate(errors.items())}
+            counts = here and {name: int(i == here[setup.accelerator.process_index]) for i, name in enumerate(losses)}
+            setup.weighter.backward(losses, num_items=counts)
+            stepped(setup)
+    return [weight / start[name] - 1 for name, weight in setup.weighter.weights.items()]
+
+
+def all_training() -> dict[tuple[int, int], dict[str, list[float]]]:
+    return {(m, tasks): {how: training(CLEAR[m], tasks, how) for how in hows()} for m in range(8) for tasks in (2, 3)}
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 process", "2 processes"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run_ranks(all_training, request.param, tmp_path_factory.mktemp("trained"), timeout=300)[0]
+
+
+@pytest.mark.parametrize("tasks", [2, 3])
+@pytest.mark.parametrize("m", range(8), ids=lambda m: type(METHODS[m]).__name__)
+def test_while_the_model_trains_round_robin_moves_the_weights_the_same_way(m, tasks, trained) -> None:
+    """Every weight, and here by nearly as much. Two tasks on two processes are the very training of both together."""
+    found = trained[m, tasks]
+    together = found.pop("together")
+    assert min(map(abs, together)) > 0.05
+    for how, moves in found.items():
+        assert [move > 0 for move in moves] == [move > 0 for move in together], how
+        assert moves == pytest.approx(together, rel=1e-9 if (how, tasks) == ("different", 2) else 0.2), how

@@ -116,13 +116,54 @@ def test_multi_loss_with_two_weighters(tmp_path):
     assert (tmp_path / "whole" / "multi_loss_digits.png").exists()
 
 
-@pytest.mark.parametrize("script", ["finetune_text", "finetune_trainer", "multi_loss"])
+def test_autoencoder_gan(tmp_path):
+    options = ("--batch_size", 8, "--accumulation", 2, "--adversarial_start", 3)
+    output, whole = assert_resumed("autoencoder_gan", tmp_path, options)
+    run = whole["runs"]["reference norm"]
+    weights = [values for _, values in run["history"]]
+    assert list(run["weights"]) == ["reconstruction", "perceptual", "adversarial"]
+    assert [values["weight/reconstruction"] for values in weights] == [1] * 9
+    assert len({values["weight/perceptual"] for values in weights}) == 9
+    assert [values["weight/adversarial"] for values in weights[:3]] == pytest.approx([0.01] * 3)  # no adversary yet
+    assert all(values["grad_norm/adversarial"] > 0 for values in weights[3:])
+    assert len({values["weight/adversarial"] for values in weights[4:]}) == 5
+    assert re.search(r"^perceptual +\d\S+ +\d\S+$", output, re.MULTILINE), output
+    assert re.search(r"^commitment +\d\S+$", output, re.MULTILINE), output
+    assert "peak signal to noise" in output and "No loss of" not in output
+    assert (tmp_path / "whole" / "autoencoder_gan_images.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_autoencoder_gan_is_the_same_however_the_batch_is_divided(tmp_path):
+    """In float64, with an adversary and two optimizers: one process, and two with two micro-batches each."""
+    options = ("--cpu", "--float64", "--batch_size", 8, "--steps", 8, "--adversarial_start", 2)
+    found = {}
+    for name, command in {"one": [sys.executable], "two": [*ON_TWO_PROCESSES]}.items():
+        more = ("--accumulation", 2) if name == "two" else ()
+        folder = tmp_path / name
+        code, output = run_to_end(*command, "examples/autoencoder_gan.py", *options, *more, "--output_dir", folder)
+        assert code == 0, output
+        found[name] = json.loads((folder / "autoencoder_gan.json").read_text())["runs"]["reference norm"]
+    one, two = found["one"], found["two"]
+    assert (one["processes"], two["processes"]) == (1, 2) and len(one["history"]) == len(two["history"]) == 8
+    for (step, values), (other, others) in zip(one["history"], two["history"], strict=True):
+        assert step == other and others == pytest.approx(values, rel=2e-7, abs=1e-7)  # recorded in float32
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-9)
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-9) and one["weights"]["adversarial"] != 0.01
+
+
+def test_a_batch_of_autoencoder_gan_that_cannot_be_cut_evenly_is_refused(tmp_path):
+    options = ("--cpu", "--batch_size", 9, "--accumulation", 2, "--output_dir", tmp_path)
+    code, output = run_to_end(sys.executable, "examples/autoencoder_gan.py", *options)
+    assert code == 1 and "--batch_size 9 cannot be cut into 1 processes × 2 micro-batches of one size." in output
+
+
+@pytest.mark.parametrize("script", ["autoencoder_gan", "finetune_text", "finetune_trainer", "multi_loss"])
 def test_help_shows_the_command_and_the_defaults(script):
     code, output = run_to_end(sys.executable, f"examples/{script}.py", "--help", COLUMNS="120")
     assert code == 0, output
     assert f"accelerate launch --config_file launch_configs/cpu_2.yaml examples/{script}.py --cpu" in output
     assert f"(default: runs/{script})" in output
-    assert "weighting method (default:" in output
+    assert script == "autoencoder_gan" or "weighting method (default:" in output
 
 
 def test_the_sentences_are_what_their_script_makes(tmp_path):

@@ -50,7 +50,7 @@ MAY = {
     "branch": {
         *("errors", "gathering", "heads", "join", "rotations", "shared_layer", "statistics", "structures", "tracing"),
     },
-    "reading": {"audit", "branch", "rotations", "statistics", "steps"},
+    "reading": {"audit", "branch", "optimizers", "rotations", "statistics", "steps"},
     "loop": {
         *("audit", "branch", "checks", "errors", "losses", "optimizers", "processes", "rotations", "state"),
         *("statistics", "steps", "verdict", "window"),
@@ -240,6 +240,18 @@ def test_every_failure_of_the_readme_is_shown_by_tests_that_exist() -> None:
 def test_every_public_name_has_a_docstring() -> None:
     for name in set(accel_weighting.__all__) - {"State"}:
         assert (getattr(accel_weighting, name).__doc__ or "").strip(), name
+
+
+def test_every_loop_is_shown_by_tests_that_are_there() -> None:
+    """The table of loops in tests/README.md."""
+    text = (TESTS / "README.md").read_text().split("## Loops")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (`[^|]+`) \|$", text, re.M)
+    assert len(rows) > 18
+    for loop, outcome, shown_by in rows:
+        assert re.search(r"exact|refused|quiet|said|same|weighed|loads|flat", outcome), loop
+        for name in re.findall(r"`(.+?)`", shown_by):
+            path, _, test = name.partition("::")
+            assert re.search(rf"^def {test}\(", (TESTS / path).read_text(), re.M), name
 
 
 def test_every_shape_of_model_is_shown_by_tests_that_are_there() -> None:

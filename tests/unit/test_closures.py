@@ -25,17 +25,20 @@ def test_closures_of_lbfgs_are_one_step_with_the_same_weights_in_all_passes() ->
 
         def closure(step: int = step, losses: list[float] = losses) -> Tensor:
             loop.optimizer.zero_grad()
-            before = loop.weighter._progress.applied.copy()
+            passes[-1].append(loop.weighter.weights)  # those that this pass will use
+            by_hand = sum(passes[-1][-1][task] * loss.item() for task, loss in loop.losses(step).items())
+            with torch.no_grad():
+                assert loop.weighter.combine(loop.losses(step)).item() == pytest.approx(by_hand, rel=1e-12)
             total = loop.weighter.backward(loop.losses(step))
-            applied = loop.weighter._progress.applied
-            passes[-1].append(dict(zip(TASKS, applied.tolist(), strict=True)))
             losses.append(float(total))
-            assert len(losses) == 1 or (applied == before).all()
+            assert losses[-1] == pytest.approx(by_hand, rel=1e-12)
+            assert loop.weighter.weights == passes[-1][0]
             return total
 
         loop.optimizer.step(closure)
         assert losses[-1] < losses[0]
         loop.weights.append(loop.weighter.weights)
+        assert loop.weights[-1] != passes[-1][0]
     assert all(len(weights) > 2 and all(w == weights[0] for w in weights) for weights in passes)
     assert loop.weighter._progress.step == 4 and len({str(weights[0]) for weights in passes}) == 4
 
@@ -80,6 +83,18 @@ def sam(loop: Loop, first: Callable[[int], Any], second: Callable[[int], Any], i
             optimizer.step()
         optimizer.zero_grad()
         loop.weights.append(loop.weighter.weights)
+
+
+def test_weights_are_those_of_the_last_recorded_pass_while_paused() -> None:
+    loop = Loop()
+    first = loop.weighter.weights
+    loop.weighter.backward(loop.losses(0))
+    after = loop.weighter.weights
+    by_hand = sum(first[task] * loss.item() for task, loss in loop.losses(1).items())
+    with loop.weighter.paused(), torch.no_grad():
+        assert loop.weighter.weights == first
+        assert loop.weighter.combine(loop.losses(1)).item() == pytest.approx(by_hand, rel=1e-12)
+    assert loop.weighter.weights == after != first
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["two passes in the loop", "a closure in the optimizer"])

@@ -85,6 +85,27 @@ def test_accumulation_by_hand_is_the_whole_batch(accelerated: bool, zero: bool) 
     assert loop.weighter.statistics.micro_batches == n
 
 
+def test_losses_that_are_divided_instead_of_the_total_differ_by_adams_eps_alone() -> None:
+    """Their norms are divided too, and GradNorm's Adam adds 1e-8 to what it divides by; nothing else differs."""
+
+    def weight(scale: float, divided: bool) -> float:
+        loop = Loop(GradNorm(alpha=1.5))
+        loop.optimizer.param_groups[0]["lr"] = 0.01 / scale
+        for step in range(STEPS):
+            for part in range(2):
+                losses = {
+                    name: loss * (scale / 2 if divided else scale) for name, loss in loop.losses(step, part, 2).items()
+                }
+                (loop.weighter.combine(losses, last=part == 1) / (1 if divided else 2)).backward()
+                loop.weighter.step()
+            loop.stepped()
+        return loop.weights[-1]["seg"]
+
+    differences = {scale: abs(weight(scale, True) - weight(scale, False)) for scale in (1e-4, 1e-2, 1e6)}
+    assert differences[1e-4] == pytest.approx(100 * differences[1e-2], rel=0.05) and differences[1e-4] > 1e-7
+    assert differences[1e6] < 1e-13
+
+
 def test_accelerates_recipe_for_token_losses_is_the_whole_batch() -> None:
     """An inner loop over the batches of a step, each loss divided by the number of items of the whole step."""
     accelerator = accelerator_for("plain")
