@@ -55,8 +55,9 @@ MAY = {
         *("audit", "branch", "checks", "errors", "losses", "optimizers", "processes", "rotations", "state"),
         *("statistics", "steps", "verdict", "window"),
     },
+    "coefficients": {"branch", "loop", "losses", "statistics", "window"},
     "weighter": {
-        *("audit", "branch", "checks", "errors", "growth", "heads", "lifetime", "loop", "losses", "modules"),
+        *("audit", "branch", "checks", "coefficients", "errors", "growth", "heads", "lifetime", "losses", "modules"),
         *("optimizers", "processes", "reading", "rotations", "shared_layer", "state", "statistics", "steps"),
         *("verdict", "window"),
     },
