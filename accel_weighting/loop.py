@@ -262,7 +262,7 @@ class Loop:
         for carried in window.carried:
             (losses, unknown), given = carried.losses(), carried.given
             if several is None:
-                window.record(losses, given.present, given.counts, unknown)
+                window.record(losses, given.present, given.counts, unknown=unknown)
             else:
                 several.add(losses, given, unknown)
         window.carried.clear()
@@ -322,7 +322,7 @@ class Loop:
         self._several = None
         if several.losses is not None:
             counts = several.counts(len(self.tasks))
-            self._window.record(several.losses, frozenset(several.present), counts, several.unknown)
+            self._window.record(several.losses, frozenset(several.present), counts, unknown=several.unknown)
             self._window.record_extras(several.extras)
             self._window.split |= several.apart and self._steps.layout.matrices is None
         if self._window.opened:

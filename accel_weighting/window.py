@@ -310,6 +310,7 @@ class Window:
         losses: Tensor,
         present: frozenset[int],
         counts: Sequence[float] | None,
+        *,
         unknown: frozenset[int] = frozenset(),
     ) -> None:
         """A micro-batch: its detached losses ``[K]`` (zeros where absent), who was there, and with how many items.
