@@ -1,5 +1,6 @@
 """The examples' documented commands, really launched on two processes, with tiny budgets."""
 
+import importlib.util
 import json
 import re
 import sys
@@ -114,6 +115,19 @@ def test_multi_loss_with_two_weighters(tmp_path):
     assert all(values["cosine/real/fake"] == 0 for _, values in discriminator["history"])  # they share no image
     assert "peak signal to noise" in output
     assert (tmp_path / "whole" / "multi_loss_digits.png").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+def test_preferences(tmp_path):
+    options = ("--batch_size", 8, "--accumulation", 2, "--save_every", 4)
+    output, whole = train("preferences", tmp_path / "whole", *options, "--steps", 8, "--compare", "static,cov")
+    train("preferences", tmp_path / "part", *options, "--steps", 4)
+    assert (tmp_path / "part" / "cov" / "checkpoint-4" / "weighter.pt").exists()
+    _, resumed = train("preferences", tmp_path / "part", *options, "--steps", 8, "--resume")
+    assert resumed["runs"]["cov"] == whole["runs"]["cov"]
+    assert whole["runs"]["static"]["weights"] == {"sigmoid": 1, "sft": 1} != whole["runs"]["cov"]["weights"]
+    assert len(whole["runs"]["cov"]["history"]) == 8
+    assert re.search(r"^cov +\d\.\d+ +\d\.\d+ +\d\.\d+ +\d\.\d+$", output, re.MULTILINE), output
 
 
 @pytest.mark.parametrize("script", ["finetune_text", "finetune_trainer", "multi_loss"])
