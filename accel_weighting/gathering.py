@@ -43,15 +43,17 @@ class Gathering:
         """Drops what the last forward left."""
         raise NotImplementedError
 
-    def watch(self, losses: Tensor, micro_batch: MicroBatch) -> None:
+    def watch(self, losses: Tensor, micro_batch: MicroBatch, weights: Tensor | None = None) -> None:
         """From when a backward passes ``losses`` ``[K]`` to its end, gradients at the join belong to the micro-batch.
 
-        Any other gradient through the branch (a generator's step through the discriminator, a user's own
-        ``torch.autograd.grad``, a backward after one that was interrupted) passes unrecorded and unweighted.
+        With ``weights`` ``[K]``, ``losses`` is their sum by these weights, ``[]``. Any other gradient through the
+        branch (a generator's step through the discriminator, a user's own ``torch.autograd.grad``, a backward after one
+        that was interrupted) passes unrecorded and unweighted.
         """
 
         def begins(factors: Tensor) -> None:
-            micro_batch.factors = micro_batch.window.factors = factors.detach()
+            factors = factors.detach() if weights is None else factors.detach() * weights
+            micro_batch.factors = micro_batch.window.factors = factors
             running = _Pass(micro_batch, self._end_backward)
             self._pass = weakref.ref(running)
             Variable._execution_engine.queue_callback(running)
@@ -75,6 +77,10 @@ class Gathering:
     def is_active(self) -> bool:
         """Whether a micro-batch's backward runs."""
         return self._active is not None
+
+    def runs(self, micro_batch: MicroBatch) -> bool:
+        """Whether it is that of this one."""
+        return self._active is micro_batch
 
     def notice_derivative(self) -> None:
         """The running backward is that of a gradient which passed the join: a part of it reaches the trunk elsewhere.

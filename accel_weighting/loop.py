@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +127,7 @@ class Loop:
             v = given.vector(self.tasks, self._branch.head_outputs)
             return self._total(v, extra, paused=self._optimizers.next_repeats)
         paused = self._optimizers.begins()
-        self._check_order(given, paused)
+        self._check_order(paused, given)
         v = given.vector(self.tasks, self._branch.head_outputs)
         self._window.called |= self._branch.called
         self._window.fed |= self._branch.fed
@@ -138,30 +138,35 @@ class Loop:
         self._branch.forget()
         total = self._total(v, extra, given if record else None, paused)
         self._say_what_its_backward_needs(micro_batch, given, v.detach())
-        if not self._window.opened and not paused:
-            self._look_for_an_optimizer(given, total)
         if not paused:
-            self._enter(micro_batch, given, v.detach(), extra, last, freeze)
+            self._enter(lambda: [loss.grad_fn for loss in given.named.values()], total, last, freeze)
+        if record:
+            self._record(given, v.detach(), extra)
         if record or self.method.acts_on == "shared":
             self._branch.watch(v, micro_batch)
         return total
 
-    def _check_order(self, given: Given, paused: bool) -> None:
-        """What a micro-batch of a training must find."""
+    def _check_order(self, paused: bool, given: Given | None = None) -> None:
+        """What a micro-batch of a training must find; with losses that are ``given``."""
         if self._rotations is not None and self._rotations.folded:
             raise were_folded()
         if self.accelerator is not None:
             checks.uneven_inputs(self.accelerator)
-        checks.losses_have_graphs(given.named, [self.tasks[k] for k in sorted(given.present)])
+        if given is not None:
+            checks.losses_have_graphs(given.named, [self.tasks[k] for k in sorted(given.present)])
         if moved := self._branch.follow():
             raise errors.head_moved_in_a_forward(moved)
         if self._window.due and not paused:
             raise errors.window_not_closed()
 
-    def _look_for_an_optimizer(self, given: Given, total: Tensor) -> None:
+    def _look_for_an_optimizer(self, graph: Callable[[], Sequence[Any]], total: Tensor) -> None:
         """A window opens: an optimizer must have used the gradients of the last one before this backward begins.
 
         They are looked at in the backward, since ``zero_grad`` may come between ``combine`` and it.
+
+        Args:
+            graph: Gives nodes that ``total`` was computed from. A hook that kept its own would never be freed.
+            total: That of the window's first micro-batch.
         """
         accelerator = self.accelerator
         kind = None if accelerator is None else accelerator.distributed_type.value
@@ -169,11 +174,10 @@ class Loop:
             return
         prepared = list(getattr(accelerator, "_optimizers", ()))
         if self._optimizers.opens(bool(prepared)) and total.requires_grad:
-            leaves = list(given.named.values())
             sharded = prepared if kind == "FSDP" else []
 
             def look(_: Tensor) -> None:
-                if hold_gradients(leaves, sharded):
+                if hold_gradients(graph(), sharded):
                     raise errors.gradients_still_wait()
 
             total.register_hook(look)  # type: ignore[no-untyped-call]
@@ -231,21 +235,19 @@ class Loop:
             micro_batch.decide = decide
 
     def _enter(
-        self,
-        micro_batch: MicroBatch,
-        given: Given,
-        seen: Tensor,
-        extra: Mapping[str, Tensor],
-        last: bool | None,
-        freeze: bool,
+        self, graph: Callable[[], Sequence[Any]], total: Tensor, last: bool | None, freeze: bool = False
     ) -> None:
-        """Enters a micro-batch into the window."""
-        window, several = self._window, self._several
+        """Enters a micro-batch into the window; ``total`` was computed from the nodes that ``graph`` gives."""
+        window = self._window
+        if not window.opened:
+            self._look_for_an_optimizer(graph, total)
         window.opened += 1
-        window.due = several is None and (self._sync if last is None else last)
+        window.due = self._several is None and (self._sync if last is None else last)
         window.moves_weights |= self._unfrozen and not freeze
-        if not micro_batch.record:
-            return
+
+    def _record(self, given: Given, seen: Tensor, extra: Mapping[str, Tensor]) -> None:
+        """Its losses, ``[K]``, go to the statistics."""
+        window, several = self._window, self._several
         self._verdict.warn_of_half_precision(given.named)
         extras = {name: loss.detach() for name, loss in extra.items()}
         if several is None:
@@ -254,6 +256,17 @@ class Loop:
         else:
             several.add(seen, given)
             several.add_extras(extras)
+
+    def _record_carried(self) -> None:
+        """So do those that came with the backwards of totals: see ``coefficients``."""
+        window, several = self._window, self._several
+        for carried in window.carried:
+            (losses, unknown), given = carried.losses(), carried.given
+            if several is None:
+                window.record(losses, given.present, given.counts, unknown=unknown)
+            else:
+                several.add(losses, given, unknown)
+        window.carried.clear()
 
     def step(self) -> None:
         """Closes the window: one all-reduce, the verdict, the update. A no-op while gradients accumulate.
@@ -264,11 +277,15 @@ class Loop:
         """
         if self._several is not None or self._optimizers.repeats:
             return
+        if self._window.coefficients is not None:
+            self.reset()
+            raise _total_not_attached()
         if not self._window.opened and self._sync:
             raise errors.empty_window()
         if not self._window.due:
             return
         try:
+            self._record_carried()
             self._steps.close(self._window)
         finally:
             self.reset()
@@ -299,12 +316,14 @@ class Loop:
         self._several = several = Several()
         try:
             yield
+            self._record_carried()
         except BaseException:
             self.reset()
             raise
         self._several = None
         if several.losses is not None:
-            self._window.record(several.losses, frozenset(several.present), several.counts(len(self.tasks)))
+            counts = several.counts(len(self.tasks))
+            self._window.record(several.losses, frozenset(several.present), counts, unknown=several.unknown)
             self._window.record_extras(several.extras)
             self._window.split |= several.apart and self._steps.layout.matrices is None
         if self._window.opened:
@@ -341,6 +360,15 @@ class Loop:
 def _nested_micro_batch() -> RuntimeError:
     """``micro_batch()`` within itself."""
     return RuntimeError("`with weighter.micro_batch():` is open already: one of them is one micro-batch.")
+
+
+def _total_not_attached() -> RuntimeError:
+    """Coefficients, and no total of them."""
+    return RuntimeError(
+        "`weighter.step()` was called, and the total that was made of `weighter.coefficients()` never came: call "
+        "`total = weighter.attach(total)` before `accelerator.backward(total)`. What is only looked at is "
+        "`weighter.weights`."
+    )
 
 
 def _micro_batch_at_lag_0() -> RuntimeError:

@@ -41,7 +41,11 @@ class Given:
     @classmethod
     def parse(cls, losses: Any, num_items: Any, tasks: Sequence[str]) -> Given:
         """Whatever the losses came in, by name; an error names all that is wrong."""
-        named = checks.losses_by_task(losses, tasks)
+        return cls.counted(checks.losses_by_task(losses, tasks), num_items, tasks)
+
+    @classmethod
+    def counted(cls, named: Mapping[str, Tensor], num_items: Any, tasks: Sequence[str]) -> Given:
+        """The same of losses that were checked."""
         if num_items is None:
             counts, empty = None, frozenset[int]()
         else:
@@ -112,6 +116,7 @@ class Several:
     def __init__(self) -> None:
         self.losses: Tensor | None = None
         self.present: set[int] = set()
+        self.unknown: frozenset[int] = frozenset()
         self.extras: dict[str, Tensor] = {}
         self._counts: dict[int, float] = {}
         self._calls: list[frozenset[int]] = []
@@ -123,8 +128,8 @@ class Several:
             not any({a, b} <= call for call in self._calls) for a, b in itertools.combinations(sorted(self.present), 2)
         )
 
-    def add(self, losses: Tensor, given: Given) -> None:
-        """One call: its detached losses ``[K]``, zeros where absent.
+    def add(self, losses: Tensor, given: Given, unknown: frozenset[int] = frozenset()) -> None:
+        """One call: its detached losses ``[K]``, zeros where absent, and the tasks whose loss is not known.
 
         Raises:
             ValueError: A task came with counts in two calls: the mean of all of its items is not known then.
@@ -135,6 +140,7 @@ class Several:
             self._counts |= {k: given.counts[k] for k in given.present}
         self.losses = losses if self.losses is None else self.losses + losses.to(self.losses)
         self.present |= given.present
+        self.unknown |= unknown
         self._calls.append(given.present)
 
     def add_extras(self, losses: Mapping[str, Tensor]) -> None:

@@ -118,17 +118,17 @@ class OptimizerWatch:
         return self._unstepped < PATIENCE
 
 
-def hold_gradients(losses: Iterable[Tensor], prepared: Iterable[Any]) -> bool:
-    """Whether parameters of these losses hold gradients: finite ones (a skipped step's are not), and not only zeros.
+def hold_gradients(graph: Iterable[Any], prepared: Iterable[Any]) -> bool:
+    """Whether parameters of this graph hold gradients: finite ones (a skipped step's are not), and not only zeros.
 
     Args:
-        losses: Those of a micro-batch.
+        graph: Nodes of autograd's graph from which on it is walked.
         prepared: Optimizers whose parameters are looked at too: those of an engine that shards are no leaves.
     """
     groups = [group for optimizer in prepared for group in optimizer.param_groups]
     sharded = [parameter for group in groups for parameter in group["params"]]
     found = False
-    for parameter in [*_parameters(losses), *sharded]:
+    for parameter in [*_parameters(graph), *sharded]:
         gradient = parameter.grad
         if gradient is None:
             continue
@@ -140,9 +140,9 @@ def hold_gradients(losses: Iterable[Tensor], prepared: Iterable[Any]) -> bool:
     return found
 
 
-def _parameters(losses: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The leaves of the losses' graph."""
-    nodes = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
+def _parameters(graph: Iterable[Any]) -> Iterator[Tensor]:
+    """The leaves of a graph."""
+    nodes = [node for node in graph if node is not None]
     seen: set[Any] = set(nodes)
     while nodes:
         node: Any = nodes.pop()

@@ -155,16 +155,12 @@ class Verdict:
         Raises:
             ValueError: Counts were mixed, or a loss that must be positive is negative.
             RuntimeError: A gradient that the method needs did not come to the branch point, or gradients whose inner
-                products it needs came there in different tensors.
+                products it needs came there in different tensors; or a coefficient was not used.
         """
         if sums.mixed_counts:
             raise _mixed_counts(sums.counted, sums.blocks, sums.step)
-        if not sums.finite:
-            for what, bad in sums.not_finite().items():
-                if bad.any():
-                    return self._hold(what, bad, window, sums.step)
-            if sums.bad_extras:
-                return self._hold_extras(sums.bad_extras, sums.step)
+        if not sums.finite and (held := self._not_finite(sums, window)):
+            return held
         statistics = sums.statistics()
         if below := self._below_its_bound(statistics):
             return below
@@ -176,16 +172,28 @@ class Verdict:
             self._check_gradients(sums, statistics, window)
         return statistics
 
+    def _not_finite(self, sums: Sums, window: Window) -> Held | None:
+        """What of the sums is not finite; a number of items is not where a loss is not known."""
+        for what, bad in sums.not_finite().items():
+            if bad.any() and what == "items":
+                raise _unknown_losses(self._places(bad, window.not_finite(what)), len(bad), sums.step)
+            if bad.any():
+                return self._hold(what, bad, window, sums.step)
+        return self._hold_extras(sums.bad_extras, sums.step) if sums.bad_extras else None
+
     def _hold(self, what: str, bad: NDArray[np.bool_], window: Window, step: int) -> Held:
         here = window.not_finite(what)
+        message = _not_finite(what, self._places(bad, here), step)
+        self.warn_once(what, message, also=bool(here.any()))
+        return Held(message, counts=what == "loss" or not (self._facts.has_scaler() or window.scaled))
+
+    def _places(self, bad: NDArray[np.bool_], here: NDArray[np.bool_]) -> list[tuple[str, str]]:
+        """The tasks of ``bad``, and in words where that is."""
         places = [""] * len(bad)
         if self._processes.world > 1:
             this = f" on process {self._processes.rank} of {self._processes.world}"
             places = [this if is_here else " on another process" for is_here in here]
-        found = [(task, place) for task, place, is_bad in zip(self._tasks, places, bad, strict=True) if is_bad]
-        message = _not_finite(what, found, step)
-        self.warn_once(what, message, also=bool(here.any()))
-        return Held(message, counts=what == "loss" or not (self._facts.has_scaler() or window.scaled))
+        return [(task, place) for task, place, is_bad in zip(self._tasks, places, bad, strict=True) if is_bad]
 
     def _hold_extras(self, names: Sequence[str], step: int) -> Held:
         message = _not_finite("loss", [(name, "") for name in names], step)
@@ -382,6 +390,20 @@ def _not_finite(what: str, found: Sequence[tuple[str, str]], step: int) -> str:
     subject = "Loss `{}`" if what == "loss" else "Gradient of loss `{}` at the shared representation"
     parts = [f"{subject.format(task)} was not finite{place}" for task, place in found]
     return f"{'; '.join(parts)} at optimizer step {step}; weights are held."
+
+
+def _unknown_losses(found: Sequence[tuple[str, str]], tasks: int, step: int) -> RuntimeError:
+    """Coefficients to which no gradient came."""
+    names = ", ".join(f"`{task}`{place}" for task, place in found)
+    what = "no coefficient at all" if len(found) == tasks else "not all coefficients"
+    absent = ", ".join(f"{task!r}: 0" for task, _ in found)
+    return RuntimeError(
+        f"The total that was attached at optimizer step {step} holds {what}: no gradient came to that of task {names}, "
+        "so that its loss is not known. Either the code did not multiply the loss by the tensor that "
+        "`weighter.coefficients()` gave, but by a number made of it (`float(w)`, `w.item()`, `torch.tensor(w)`, a "
+        "configuration) or by coefficients of an earlier call: hand in the tensors, anew for every total. Or the task "
+        f"was absent: say so, `weighter.attach(total, num_items={{{absent}}})`."
+    )
 
 
 def _one_task_per_window(method: Method) -> str:

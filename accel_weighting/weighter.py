@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from . import checks, errors
 from .audit import Audit, probing_is_forbidden
 from .branch import Branch, tap_above
+from .coefficients import Carrying
 from .growth import growth_of
 from .heads import Heads, HeadSpec
 from .lifetime import Registration, weakly
-from .loop import Loop
 from .losses import Bounds
 from .modules import heads_by_task
 from .optimizers import OptimizerWatch
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class Weighter(Loop, Readings):
+class Weighter(Carrying, Readings):
     """Weighs the losses of several tasks so that the weights depend on the global batch alone.
 
     Replaces ``accelerator.backward(sum of losses)`` by ``weighter.backward(losses)``: one backward, and one small
@@ -322,8 +322,9 @@ class Weighter(Loop, Readings):
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs, as plain tensors, numbers and strings; free of the number of processes."""
         state = self._steps.settled
-        if self._window.blocks and self._verdict.rank == 0:
-            checks.warn_saved_inside_window(self._window.blocks)
+        blocks = self._window.blocks + len(self._window.carried)
+        if blocks and self._verdict.rank == 0:
+            checks.warn_saved_inside_window(blocks)
         return state.state_dict(**self._resumed_settings(self._steps.layout))
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:

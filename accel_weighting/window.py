@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -74,8 +75,9 @@ class Sums:
         return [name for name, mean in self.extras.items() if not math.isfinite(mean)]
 
     def not_finite(self) -> dict[str, NDArray[np.bool_]]:
-        """``{"loss" | "gradient" | "moment": bool [K]}``: which sums are not finite."""
+        """``{"items" | "loss" | "gradient" | "moment": bool [K]}``: which sums are not finite."""
         return {
+            "items": ~np.isfinite(self.items),
             "loss": ~np.isfinite(self.losses),
             "gradient": ~np.isfinite(self.gram.diagonal()),
             "moment": np.full(len(self.losses), not np.isfinite(self.moments_total)),
@@ -247,6 +249,19 @@ class MicroBatch:
         return any(shapes in alone_a for shapes, arrived in self.collected if b in arrived and a not in arrived)
 
 
+class Carried(Protocol):
+    """A micro-batch whose losses come with its backward.
+
+    Attributes:
+        given: Who was there, and with how many items.
+    """
+
+    given: Any
+
+    def losses(self) -> tuple[Tensor, frozenset[int]]:
+        """Its losses, ``[K]``, and the tasks whose loss did not come."""
+
+
 class Window:
     """One optimizer step, as this process sees it: made anew for each, and the owner of all that is true of it.
 
@@ -267,6 +282,8 @@ class Window:
         factors: ``c`` of the last backward, ``[K]`` on the device.
         split: Whether the inner products of different tasks' gradients are not known.
         derivatives: Whether a loss was on derivatives that passed the branch point.
+        coefficients: ``{task: weight}`` that were handed out and whose total was not attached yet; None: none.
+        carried: Micro-batches whose losses come with their backward, and were not recorded yet.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -279,6 +296,8 @@ class Window:
         self.fed: set[int] = set()
         self.factors: Tensor | None = None
         self.split = self.derivatives = False
+        self.coefficients: dict[str, Tensor] | None = None
+        self.carried: list[Carried] = []
         self._layout = layout
         self._counted = self._empty = 0
         self._present = [0] * layout.tasks
@@ -286,14 +305,24 @@ class Window:
         self._extras = [0] * EXTRAS
         self._sums: dict[str, Tensor] = {}
 
-    def record(self, losses: Tensor, present: frozenset[int], counts: Sequence[float] | None) -> None:
-        """A micro-batch: its detached losses ``[K]`` (zeros where absent), who was there, and with how many items."""
+    def record(
+        self,
+        losses: Tensor,
+        present: frozenset[int],
+        counts: Sequence[float] | None,
+        *,
+        unknown: frozenset[int] = frozenset(),
+    ) -> None:
+        """A micro-batch: its detached losses ``[K]`` (zeros where absent), who was there, and with how many items.
+
+        A task that was there and whose loss is ``unknown`` has a number of items that is not finite.
+        """
         self.blocks += 1
         self._counted += counts is not None
         self._empty += not present
         for k in present:
             self._present[k] += 1
-            self._items[k] += 1 if counts is None else counts[k]
+            self._items[k] += math.nan if k in unknown else 1 if counts is None else counts[k]
         if counts is not None:
             losses = losses.double() * to_device(torch.tensor(counts, dtype=torch.float64), losses.device)
         self.add("losses", losses)
@@ -332,8 +361,10 @@ class Window:
         """Which of this process's own sums are not finite, bool ``[K]``; waits for the device.
 
         Args:
-            what: ``"loss"``, ``"gradient"`` or ``"moment"``, of which the last is not looked for.
+            what: ``"items"``, ``"loss"``, ``"gradient"`` or ``"moment"``, of which the last is not looked for.
         """
+        if what == "items":
+            return ~np.isfinite(self._items)
         own = self._sums.get({"loss": "losses", "gradient": "gradients"}.get(what, ""))
         if own is None:
             return np.zeros(self._layout.tasks, dtype=bool)

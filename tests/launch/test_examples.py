@@ -1,5 +1,6 @@
 """The examples' documented commands, really launched on two processes, with tiny budgets."""
 
+import importlib.util
 import json
 import re
 import sys
@@ -155,6 +156,19 @@ def test_a_batch_of_autoencoder_gan_that_cannot_be_cut_evenly_is_refused(tmp_pat
     options = ("--cpu", "--batch_size", 9, "--accumulation", 2, "--output_dir", tmp_path)
     code, output = run_to_end(sys.executable, "examples/autoencoder_gan.py", *options)
     assert code == 1 and "--batch_size 9 cannot be cut into 1 processes × 2 micro-batches of one size." in output
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+def test_preferences(tmp_path):
+    options = ("--batch_size", 8, "--accumulation", 2, "--save_every", 4)
+    output, whole = train("preferences", tmp_path / "whole", *options, "--steps", 8, "--compare", "static,cov")
+    train("preferences", tmp_path / "part", *options, "--steps", 4)
+    assert (tmp_path / "part" / "cov" / "checkpoint-4" / "weighter.pt").exists()
+    _, resumed = train("preferences", tmp_path / "part", *options, "--steps", 8, "--resume")
+    assert resumed["runs"]["cov"] == whole["runs"]["cov"]
+    assert whole["runs"]["static"]["weights"] == {"sigmoid": 1, "sft": 1} != whole["runs"]["cov"]["weights"]
+    assert len(whole["runs"]["cov"]["history"]) == 8
+    assert re.search(r"^cov +\d\.\d+ +\d\.\d+ +\d\.\d+ +\d\.\d+$", output, re.MULTILINE), output
 
 
 @pytest.mark.parametrize("script", ["autoencoder_gan", "finetune_text", "finetune_trainer", "multi_loss"])

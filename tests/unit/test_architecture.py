@@ -55,8 +55,9 @@ MAY = {
         *("audit", "branch", "checks", "errors", "losses", "optimizers", "processes", "rotations", "state"),
         *("statistics", "steps", "verdict", "window"),
     },
+    "coefficients": {"branch", "loop", "losses", "statistics", "window"},
     "weighter": {
-        *("audit", "branch", "checks", "errors", "growth", "heads", "lifetime", "loop", "losses", "modules"),
+        *("audit", "branch", "checks", "coefficients", "errors", "growth", "heads", "lifetime", "losses", "modules"),
         *("optimizers", "processes", "reading", "rotations", "shared_layer", "state", "statistics", "steps"),
         *("verdict", "window"),
     },
@@ -159,7 +160,7 @@ def test_imports_inside_the_selfcheck_run_one_way(path: Path) -> None:
 
 def test_the_core_imports_with_the_core_dependencies_alone() -> None:
     """Nothing optional is imported until it is used."""
-    optional = ["matplotlib", "transformers", "torchjd", "deepspeed", "sklearn", "datasets", "peft"]
+    optional = ["matplotlib", "transformers", "torchjd", "deepspeed", "sklearn", "datasets", "peft", "trl"]
     code = (
         "import sys\n"
         f"sys.modules.update(dict.fromkeys({optional!r}))\n"  # None makes an import fail
