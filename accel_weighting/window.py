@@ -83,7 +83,7 @@ class Sums:
 
     def statistics(self) -> Statistics:
         """The means over the whole window, of sums that are finite."""
-        items = np.maximum(self.items, 1)  # 0 where absent, and so are losses and gradients
+        items = np.where(self.present > 0, self.items, 1)  # 0 where absent, and so are losses and gradients
         weights = np.sign(self.present) / (items if self.counted else self.blocks)
         gram = self.gram * (weights[:, None] * (weights / 2))
         gram = gram + gram.T
@@ -286,10 +286,15 @@ class Window:
         self._extras = [0] * EXTRAS
         self._sums: dict[str, Tensor] = {}
 
-    def record(self, losses: Tensor, present: frozenset[int], counts: Sequence[float] | None) -> None:
-        """A micro-batch: its detached losses ``[K]`` (zeros where absent), who was there, and with how many items."""
+    def record(
+        self, losses: Tensor, present: frozenset[int], counts: Sequence[float] | None, shares: bool = False
+    ) -> None:
+        """A micro-batch: its detached losses ``[K]`` (zeros where absent), who was there, and with how many items.
+
+        Counts that are shares add up to the number of micro-batches, which divides the gradients then.
+        """
         self.blocks += 1
-        self._counted += counts is not None
+        self._counted += counts is not None and not shares
         self._empty += not present
         for k in present:
             self._present[k] += 1
