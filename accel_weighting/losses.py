@@ -90,8 +90,8 @@ class Given:
         for k, task in enumerate(tasks):
             row = self.named[task] if k in self.present else self._zero(k, task, some, head_outputs)
             if self.shares is not None and k in self.present and wide:
-                # The mean's own division by n undoes this multiplication in the backward, to the last bit of its
-                # precision: what arrives at an item is what its share in the mean over the whole window is.
+                # In the backward the mean's own division by n undoes this multiplication: what arrives at an item is
+                # its part of the mean over the whole window, as exactly as the loss's precision allows.
                 row = (row * self.shares.items[task]).double() / self.shares.items[task]
             rows.append(row if row.dtype == dtype and row.device == device else row.to(device, dtype))
         return torch.stack(rows)
