@@ -229,13 +229,13 @@ def by_hand(name, step_rows):
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    return run_ranks(all_beside_trainer, 1, folder, folder, [(6, 1), (3, 2), (1, 6)], timeout=240)
+    return run_ranks(all_beside_trainer, 1, folder, folder, [(6, 1), (3, 2), (1, 6)], timeout=600)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    return run_ranks(all_beside_trainer, 2, folder, folder, [(7, 1), (1, 7)], timeout=300)
+    return run_ranks(all_beside_trainer, 2, folder, folder, [(7, 1), (1, 7)], timeout=900)
 
 
 def assert_close(a, b, tolerance=1e-12):
