@@ -136,7 +136,7 @@ class Loop:
         if self._audit is not None and record:
             self._audit.look(given.named, given.present, self._branch)
         self._branch.forget()
-        total = self._total(v, extra, given if record else None, paused)
+        total = self._total(v, extra, given, record, paused)
         self._say_what_its_backward_needs(micro_batch, given, v.detach())
         if not paused:
             self._enter(lambda: [loss.grad_fn for loss in given.named.values()], total, last, freeze)
@@ -194,21 +194,27 @@ class Loop:
         return held or getattr(self.accelerator, "scaler", None) is not None
 
     def _total(
-        self, v: Tensor, extra: Mapping[str, Tensor], recorded: Given | None = None, paused: bool = False
+        self,
+        v: Tensor,
+        extra: Mapping[str, Tensor],
+        given: Given | None = None,
+        record: bool = False,
+        paused: bool = False,
     ) -> Tensor:
-        """The weighted sum of the losses ``v``, ``[K]``; for ``lag=0`` by the weights of what is ``recorded``."""
+        """The weighted sum of the losses ``v``, ``[K]``; for ``lag=0`` by the weights of what is recorded."""
         state = self._steps.settled
         weights: NDArray[Any] | None
         if self.method.acts_on == "shared":
             weights = state.loss_weights
         elif paused:
             weights = state.applied
-        elif self.lag == 0 and recorded is not None:
-            weights = self._steps.decide(v.detach(), recorded.present, recorded.counts)
+        elif self.lag == 0 and record and given is not None:
+            weights = self._steps.decide(v.detach(), given.present, given.counts)
         else:
             weights = state.weights
         w = None if weights is None else self._bounds.on_device("losses", weights, v)
         w = self._bounds.capped(w, v.detach())
+        w = w if given is None else given.shared(w, v)
         if torch.is_grad_enabled() and not paused and weights is not None and self.method.acts_on == "losses":
             state.applied = weights
         total = v.sum() if w is None else v.dot(w)  # which autocast leaves alone
@@ -251,7 +257,7 @@ class Loop:
         self._verdict.warn_of_half_precision(given.named)
         extras = {name: loss.detach() for name, loss in extra.items()}
         if several is None:
-            window.record(seen, given.present, given.counts)
+            window.record(seen, given.present, given.counts, given.shares is not None)
             window.record_extras(extras)
         else:
             several.add(seen, given)

@@ -19,7 +19,28 @@ from .statistics import Statistics
 from .window import to_device
 
 Losses = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
-NumItems = int | Mapping[str, int] | None
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Counts, known for the whole window, that weigh a micro-batch in training as well as in the statistics.
+
+    The engine's mean over micro-batches of ``n · M / N`` times the mean over n items is the mean over all N items.
+
+    Attributes:
+        items: ``{task: n}``, items of the task in this micro-batch. 0: the task is not here.
+        means: ``{task: N / M}``: N items in the M micro-batches of all processes, of which every one has ``N / M``.
+    """
+
+    items: Mapping[str, int]
+    means: Mapping[str, float]
+
+    def of(self, task: str) -> float:
+        """``n · M / N``."""
+        return self.items[task] / self.means[task] if self.items[task] else 0.0
+
+
+NumItems = int | Mapping[str, int] | Shares | None
 
 
 @dataclass(frozen=True)
@@ -31,12 +52,14 @@ class Given:
         present: Indices of the tasks that have samples in it.
         empty: Indices of the tasks that were said to have none (a count of 0).
         counts: How many items each loss is the mean of, ``[K]``; None where the block was not counted.
+        shares: Those that the counts are, if they are ``Shares``.
     """
 
     named: Mapping[str, Tensor]
     present: frozenset[int]
     empty: frozenset[int]
     counts: Sequence[float] | None
+    shares: Shares | None = None
 
     @classmethod
     def parse(cls, losses: Any, num_items: Any, tasks: Sequence[str]) -> Given:
@@ -46,12 +69,16 @@ class Given:
     @classmethod
     def counted(cls, named: Mapping[str, Tensor], num_items: Any, tasks: Sequence[str]) -> Given:
         """The same of losses that were checked."""
+        shares = num_items if isinstance(num_items, Shares) else None
         if num_items is None:
             counts, empty = None, frozenset[int]()
+        elif shares is not None:
+            counts = [shares.of(task) for task in tasks]
+            empty = frozenset([k for k, share in enumerate(counts) if share == 0])
         else:
             counts, empty = _item_counts(num_items, named, tasks)
         present = frozenset([k for k, task in enumerate(tasks) if task in named and k not in empty])
-        return cls(named, present, empty, counts)
+        return cls(named, present, empty, counts, shares)
 
     def vector(self, tasks: Sequence[str], head_outputs: Callable[[int], list[Tensor]]) -> Tensor:
         """The losses in task order, ``[K]``, float64 if one of them is, else float32.
@@ -61,10 +88,15 @@ class Given:
         """
         some = next(iter(self.named.values()))
         wide = any(loss.dtype == torch.float64 for loss in self.named.values())
+        wide |= self.shares is not None and some.device.type != "mps"
         device, dtype = some.device, torch.float64 if wide else torch.float32
         rows = []
         for k, task in enumerate(tasks):
             row = self.named[task] if k in self.present else self._zero(k, task, some, head_outputs)
+            if self.shares is not None and k in self.present and wide:
+                # In the backward the mean's own division by n undoes this multiplication: what arrives at an item is
+                # its part of the mean over the whole window, as exactly as the loss's precision allows.
+                row = (row * self.shares.items[task]).double() / self.shares.items[task]
             rows.append(row if row.dtype == dtype and row.device == device else row.to(device, dtype))
         return torch.stack(rows)
 
@@ -79,10 +111,21 @@ class Given:
 
     def scale(self, like: Tensor) -> Tensor | None:
         """What every task's gradient is divided by besides its factor, ``[K]``: the reciprocal of its count."""
+        counts = self._positive_counts(like)
+        return None if counts is None else 1 / counts
+
+    def shared(self, w: Tensor | None, like: Tensor) -> Tensor | None:
+        """The weights ``w`` (None: 1 each) times the shares, where there are some."""
+        if self.shares is None or (counts := self._positive_counts(like)) is None:
+            return w
+        return counts if w is None else w * counts
+
+    def _positive_counts(self, like: Tensor) -> Tensor | None:
+        """On the device; 1 for who is not there."""
         if self.counts is None:
             return None
-        counts = [max(count, 1.0) for count in self.counts]
-        return 1 / to_device(torch.tensor(counts, dtype=like.dtype), like.device)
+        counts = [count or 1.0 for count in self.counts]
+        return to_device(torch.tensor(counts, dtype=like.dtype), like.device)
 
 
 def _item_counts(

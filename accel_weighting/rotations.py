@@ -135,6 +135,45 @@ def fold(
     Raises:
         RuntimeError: A head does not begin with a Linear that can take its rotation. Nothing was changed.
     """
+    for task, linears in _all_readers(heads, rotations, dim, shape, models).items():
+        for linear in linears:
+            _multiply(linear, rotations[task])
+
+
+@contextmanager
+def folded(
+    heads: Mapping[str, nn.Module],
+    rotations: Mapping[str, Tensor],
+    dim: int,
+    shape: Sequence[int] | None,
+    models: Sequence[nn.Module],
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """As ``fold``, until the end of the ``with``; then every weight is what it was, to the last bit.
+
+    Yields:
+        The weights, and what each of them is without its rotation (of a DTensor, this process's piece).
+    """
+    readers = _all_readers(heads, rotations, dim, shape, models)
+    before = [(linear.weight, _local(linear.weight).detach().clone()) for of in readers.values() for linear in of]
+    try:
+        for task, linears in readers.items():
+            for linear in linears:
+                _multiply(linear, rotations[task])
+        yield before
+    finally:
+        with torch.no_grad():
+            for weight, value in before:
+                _local(weight).copy_(value)
+
+
+def _all_readers(
+    heads: Mapping[str, nn.Module],
+    rotations: Mapping[str, Tensor],
+    dim: int,
+    shape: Sequence[int] | None,
+    models: Sequence[nn.Module],
+) -> dict[str, list[nn.Linear]]:
+    """The Linears that take the rotations, once it is sure that all of them can."""
     heads = {task: getattr(head, "_orig_mod", head) for task, head in heads.items()}
     units = _fsdp2_units([*models, *heads.values()], heads.values())
     readers = {}
@@ -149,9 +188,7 @@ def fold(
                 raise _cannot_be_folded(task, why)
             if (other := taken.setdefault(id(linear), task)) != task:
                 raise _cannot_be_folded(task, f"its first Linear is that of task `{other}` too")
-    for task, linears in readers.items():
-        for linear in linears:
-            _multiply(linear, rotations[task])
+    return readers
 
 
 def _readers(task: str, head: nn.Module, m: int, dim: int, shape: Sequence[int] | None) -> list[nn.Linear]:
@@ -304,11 +341,16 @@ def _why_not(linear: nn.Linear, owners: Mapping[int, set[int]]) -> str | None:
 @torch.no_grad()
 def _multiply(linear: nn.Linear, R: Tensor) -> None:
     """``W[:, :m] ← W[:, :m] R``; a DTensor's rows are divided, and every process multiplies its own."""
-    W: Any = linear.weight
-    W = W.to_local() if hasattr(W, "to_local") else W
+    W = _local(linear.weight)
     wide = torch.float32 if W.device.type == "mps" else torch.float64
     m = len(R)
     W[:, :m] = W[:, :m].to(wide) @ R.to(W.device, wide)
+
+
+def _local(W: Any) -> Tensor:
+    """This process's rows of a DTensor; any other tensor as it is."""
+    local: Tensor = W.to_local() if hasattr(W, "to_local") else W
+    return local
 
 
 def _cannot_be_folded(task: str, why: str) -> RuntimeError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from .modules import heads_by_task
 from .optimizers import OptimizerWatch
 from .processes import Processes
 from .reading import Readings
-from .rotations import Rotations, fold
+from .rotations import Rotations, fold, folded
 from .shared_layer import SharedLayer
 from .state import WeighterState
 from .statistics import Method
@@ -146,10 +147,7 @@ class Weighter(Carrying, Readings):
             warn_once=self._verdict.warn_once,
             owner=me,
         )
-        self._branch.attach()
-        if found is not None and accelerator is not None and not found.are_in(accelerator._models):
-            given = weakly(accelerator)
-            found.attach_again_at_first_forward(self._branch, lambda: bool(getattr(given(), "_models", ())))
+        self._attach()
         if method.needs & GRADIENTS:
             forbidden = _Facts(me, layout).why_no_probe
             acts = method.acts_on == "shared"
@@ -159,6 +157,14 @@ class Weighter(Carrying, Readings):
         self._optimizers = OptimizerWatch()
         self._several = None
         self._registration = Registration(self, accelerator, predecessor)
+
+    def _attach(self) -> None:
+        """Hooks the heads, now and once more when an engine has added its own hooks."""
+        self._branch.attach()
+        heads, given, accelerator = self._branch.heads, self._accelerator, self.accelerator
+        if given is None or accelerator is None or heads is None or heads.are_in(accelerator._models):
+            return
+        heads.attach_again_at_first_forward(self._branch, lambda: bool(getattr(given(), "_models", ())))
 
     def _take_over_from(self, heads: Heads, rotates: bool) -> Registration | None:
         """A weighter that is on these heads is replaced if it has the same tasks, and refused if both rotate."""
@@ -279,6 +285,52 @@ class Weighter(Carrying, Readings):
         """
         R, rotations = self.rotations, self._rotations
         assert rotations is not None
+        found, models = self._to_fold(heads, model)
+        self._branch.detach()
+        try:
+            fold(found, R, rotations.dim, rotations.shape, models)
+        except BaseException:
+            self._attach()
+            raise
+        self._branch.rotations = None
+        self._progress.forget_rotations()
+        rotations.folded = True
+        self.reset()
+
+    @contextmanager
+    def folded(self, model: nn.Module | None = None) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """``with``: the heads hold their rotations, so that what is saved of the model runs without this library.
+
+        As ``fold_rotations`` with the heads that the weighter was built with; at the end every weight is what it was,
+        to the last bit, and training goes on. Where there are no rotations nothing is changed.
+
+        Args:
+            model: What the heads are part of, where that is not prepared by the accelerator.
+
+        Yields:
+            The weights that were changed, each with what it is without its rotation.
+
+        Raises:
+            RuntimeError: As ``fold_rotations``; nothing was changed in any head.
+        """
+        rotations = self._rotations
+        if rotations is None or rotations.folded or self._steps.settled.rotations is None:
+            yield []
+            return
+        found, models = self._to_fold(None, model)
+        self._branch.detach()
+        try:
+            with folded(found, self.rotations, rotations.dim, rotations.shape, models) as changed:
+                rotations.folded = True
+                yield changed
+        finally:
+            rotations.folded = False
+            self._attach()
+
+    def _to_fold(
+        self, heads: Mapping[str, nn.Module | str] | None, model: nn.Module | None
+    ) -> tuple[dict[str, nn.Module], list[nn.Module]]:
+        """The heads by task, and the models that they are part of."""
         models = [] if self.accelerator is None else list(self.accelerator._models)
         if model is not None:
             models.append(model)
@@ -289,16 +341,7 @@ class Weighter(Carrying, Readings):
             found = self._branch.heads.find()
         else:
             raise errors.fold_needs_heads()
-        self._branch.detach()
-        try:
-            fold(dict(zip(self.tasks, found, strict=True)), R, rotations.dim, rotations.shape, models)
-        except BaseException:
-            self._branch.attach()
-            raise
-        self._branch.rotations = None
-        self._progress.forget_rotations()
-        rotations.folded = True
-        self.reset()
+        return dict(zip(self.tasks, found, strict=True)), models
 
     # ---- freezing ----------------------------------------------------------------------------------------------
 

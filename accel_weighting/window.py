@@ -85,7 +85,7 @@ class Sums:
 
     def statistics(self) -> Statistics:
         """The means over the whole window, of sums that are finite."""
-        items = np.maximum(self.items, 1)  # 0 where absent, and so are losses and gradients
+        items = np.where(self.present > 0, self.items, 1)  # 0 where absent, and so are losses and gradients
         weights = np.sign(self.present) / (items if self.counted else self.blocks)
         gram = self.gram * (weights[:, None] * (weights / 2))
         gram = gram + gram.T
@@ -310,15 +310,17 @@ class Window:
         losses: Tensor,
         present: frozenset[int],
         counts: Sequence[float] | None,
+        shares: bool = False,
         *,
         unknown: frozenset[int] = frozenset(),
     ) -> None:
         """A micro-batch: its detached losses ``[K]`` (zeros where absent), who was there, and with how many items.
 
-        A task that was there and whose loss is ``unknown`` has a number of items that is not finite.
+        Counts that are shares add up to the number of micro-batches, which divides the gradients then. A task that was
+        there and whose loss is ``unknown`` has a number of items that is not finite.
         """
         self.blocks += 1
-        self._counted += counts is not None
+        self._counted += counts is not None and not shares
         self._empty += not present
         for k in present:
             self._present[k] += 1

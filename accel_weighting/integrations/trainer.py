@@ -6,39 +6,46 @@ The Trainer accumulates, synchronises, logs, evaluates and saves as ever. What i
 
 from __future__ import annotations
 
-import warnings
+import inspect
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
 
 from accel_weighting.statistics import Method
-from accel_weighting.weighter import Weighter
+
+from .base import WeighterMixin
+from .items import ItemsOfWindow, TaskMeans, count_labels, first_rows
 
 try:
     from transformers import Trainer
+    from transformers.trainer_pt_utils import find_batch_size
 except ImportError as error:
     raise ImportError("WeightedTrainer needs transformers: pip install 'accel-weighting[trainer]'.") from error
-
-FILE = "weighter.pt"
-"""The weighter's state in a checkpoint folder."""
 
 OURS = ("losses", "num_items")
 """Outputs of a model that are for training, and no predictions."""
 
 
-class WeightingMixin:
+class WeightingMixin(WeighterMixin):
     """Weighs the losses of several tasks in any Trainer: ``class MyTrainer(WeightingMixin, SomeTrainer)``.
 
     The model returns a dictionary ``losses`` among its outputs, one scalar per task, each the mean over the
     micro-batch; or ``compute_losses`` is overridden. Tasks may be missing from a batch: see ``count_items``.
 
-    Evaluation records nothing and talks to no other process; its ``eval_loss`` is the total at the weights of that
-    moment, which is no yardstick for choosing among checkpoints: name a metric of yours in ``metric_for_best_model``.
-    Per-task losses, weights and gradient norms of the latest optimizer step go to the logs, and so to
-    ``trainer_state.json`` and every tracker. Checkpoints hold the weighter's state, from which training resumes.
+    **Micro-batches count by their items.** A task's loss in an optimizer step is the mean over its items in all
+    micro-batches of all processes, as in the Trainer, and not the mean of their means: with ``EqualWeighting()`` and
+    one task, this is the Trainer's training. Items are the labels that are not -100, or what ``count_items`` says. A
+    task whose items cannot be counted has equal micro-batches; a warning says so where that matters.
+
+    **Evaluation** records nothing. ``eval_loss/topic`` is the mean over all items of the evaluation set, exact on any
+    number of processes; choose checkpoints by it, with ``metric_for_best_model="eval_loss/topic"``. ``eval_loss`` is
+    the total at the weights of that moment, which is no yardstick.
+
+    Losses, weights and gradient norms of the latest optimizer step go to the logs, and so to ``trainer_state.json``
+    and every tracker. Checkpoints hold the weighter's state, from which training resumes.
 
     Args:
         *args: For the Trainer.
@@ -51,15 +58,20 @@ class WeightingMixin:
         **kwargs: For the Trainer.
 
     Attributes:
-        weighter: The :class:`~accel_weighting.Weighter`. Where the Trainer makes its model anew (``model_init``), there
-            is a new weighter too.
+        weighter: The :class:`~accel_weighting.Weighter` of the model and the accelerator in use: where the Trainer
+            makes either anew (``model_init``, a hyperparameter search), training begins with a new one.
 
     Raises:
-        ValueError, NotImplementedError: The Trainer was asked for what cannot go with weighting; the message says what.
+        ValueError, TypeError, NotImplementedError: The Trainer was asked for what cannot go with weighting, or a
+            subclass overrides what it should not; the message says what.
     """
 
     # The losses are means over a micro-batch: the Trainer is to divide by the micro-batches of the window.
     loss_is_scaled_for_ga = False
+
+    _items: ItemsOfWindow | None = None
+    _evaluation: TaskMeans | None = None
+    _combined = False
 
     def __init__(
         self,
@@ -70,19 +82,13 @@ class WeightingMixin:
         weighter_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if tasks is None and heads is None:
-            raise _without_tasks()
-        options = dict(weighter_options or {})
-        self._weighter_arguments = {"method": weighting, "tasks": tasks or list(heads or {}), "heads": heads, **options}
-        super().__init__(*args, **kwargs)
-        _check_trainer(self, "process_group" in options)
-        # A loss that the model divides by the items of the whole window is a share, not a mean: statistics could not
-        # tell a short window from a small loss. So the Trainer neither counts items nor hands the count to the model.
+        _check_overrides(type(self))
+        super().__init__(
+            *args, weighting=weighting, tasks=tasks, heads=heads, weighter_options=weighter_options, **kwargs
+        )
+        _check_trainer(self, "process_group" in (weighter_options or {}))
+        # The model gives means; it is not to divide by the items of the window, of which it knows one count for all.
         self.model_accepts_loss_kwargs = False
-        self.weighter = self._make_weighter(self.model)  # type: ignore[attr-defined]
-
-    def _make_weighter(self, model: nn.Module) -> Weighter:
-        return Weighter(**self._weighter_arguments, model=model, accelerator=self.accelerator)  # type: ignore[attr-defined]
 
     # ---- what users may override ---------------------------------------------------------------------------------
 
@@ -102,70 +108,147 @@ class WeightingMixin:
             raise _model_without_losses(outputs)
         return (losses, outputs) if return_outputs else losses
 
-    def count_items(self, inputs: dict[str, Any], outputs: Any) -> int | Mapping[str, int] | None:
-        """``num_items`` of ``weighter.combine``; by default what the model returns under that name, else None.
+    def count_items(self, inputs: dict[str, Any]) -> int | Mapping[str, int] | None:
+        """How many items each loss is the mean of in this micro-batch, asked for before its forward.
 
-        ``{"tags": 0}`` says that the task is not in this micro-batch. Positive counts weigh micro-batches by their
-        items in the statistics.
+        By default ``inputs["num_items"]`` if the collator has put it there, which costs nothing on a GPU. Else the
+        labels that are not -100: those of a task are in ``labels_topic``, ``topic_labels``, ``topic`` or
+        ``labels["topic"]``; ``labels`` are those of every task that has none of its own. Where the model shifts them,
+        as causal language models do, the first of every row does not count.
+
+        Returns:
+            A count for all tasks, or ``{task: count}``; 0 says that the task is not in this micro-batch. None, or a
+            task left out: its items cannot be counted. ``return 1`` gives equal micro-batches.
         """
-        return outputs.get("num_items") if isinstance(outputs, Mapping) else getattr(outputs, "num_items", None)
+        return count_labels(inputs, self.weighter.tasks, bool(getattr(self, "_loss_shifts_labels", False)))
 
     # ---- a step --------------------------------------------------------------------------------------------------
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor | tuple[Tensor, Any]:
-        """The weighted total, with its graph in training."""
-        losses: Mapping[str, Tensor]
-        outputs: Any
-        losses, outputs = self.compute_losses(model, inputs, return_outputs=True)  # type: ignore[assignment]
-        total = self.weighter.combine(losses, num_items=self.count_items(inputs, outputs))
-        if not return_outputs:
-            return total
-        if isinstance(outputs, Mapping):
-            outputs = {name: value for name, value in outputs.items() if name not in OURS}
-        return total, outputs
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of the next optimizer step, whose items are counted: one gather, as the Trainer's own."""
+        samples, num_items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        counted = [self.count_items(inputs) for inputs in samples]
+        gather = self._summed if self.args.average_tokens_across_devices else None
+        self._items = ItemsOfWindow(self.weighter.tasks, counted, gather, self._copies)
+        uncounted = self._items.uncounted
+        if uncounted and self._items.micro_batches > 1 and type(self).count_items is WeightingMixin.count_items:
+            warn(_not_counted(uncounted, samples[0]), stacklevel=2)
+        return samples, num_items
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; closes the window when the Trainer synchronises gradients."""
+        self._combined = False
+        if self._items is not None and not self._items.next():
+            self._items = None  # called by hand
+        return super().training_step(*args, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The weighted total, with its graph in training.
+
+        The Trainer's own ``compute_loss`` runs as ever, with its metrics: what it finds as the loss among the outputs
+        of the model is the weighted total.
+        """
+        weighed = _Weighed(self, model)
+        found: tuple[Tensor, Any] = super().compute_loss(weighed, inputs, True, *args, **kwargs)  # type: ignore[misc]
+        if not weighed.called:
+            raise _model_not_called(type(self))
+        return found if return_outputs else found[0]
+
+    def _weigh(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """The weighted total of a batch, and the outputs of the model."""
+        self._combined = True
+        losses: Any
+        losses, outputs = self.compute_losses(model, inputs, return_outputs=True)
+        said = outputs.get("num_items") if isinstance(outputs, Mapping) else getattr(outputs, "num_items", None)
+        items = self._items
+        if items is None or not torch.is_grad_enabled():
+            items = ItemsOfWindow(self.weighter.tasks, [self.count_items(inputs)])
+            items.next()
+        elif self._copies > 1:
+            items.recount(self.count_items(inputs))
+        num_items = items.shares(losses, said)
+        if self._evaluation is not None:
+            self._evaluation.see(losses, items.here, find_batch_size(inputs) or 1)
+        return self.weighter.combine(losses, num_items=num_items), outputs
+
+    def close_window(self) -> None:
+        """The end of a micro-batch, in which ``compute_loss`` must have run."""
+        if not self._combined:
+            raise _compute_loss_overridden(type(self))
+        super().close_window()
+
+    @property
+    def _copies(self) -> int:
+        """How many processes have the same rows, of which each has a piece: those of context parallelism."""
+        return int(getattr(getattr(self.accelerator, "parallelism_config", None), "cp_size", 1))
+
+    def _summed(self, numbers: Sequence[float]) -> list[float]:
+        """Over all processes."""
+        if self.accelerator.num_processes == 1:
+            return list(numbers)
+        device = "cpu" if self.args.device.type == "mps" else self.args.device
+        row = torch.tensor(numbers, dtype=torch.float64, device=device)
+        sums: list[float] = self.accelerator.gather(row).view(-1, len(row)).sum(0).tolist()
+        return sums
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """The Trainer's, with ``eval_loss/topic``: every task's mean loss over all items."""
+        before, self._evaluation = self._evaluation, TaskMeans(self.weighter.tasks)
         try:
-            loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        except BaseException:
-            self.weighter.reset()  # the Trainer may go on, with a smaller batch
-            raise
-        self.weighter.step()
-        return loss
+            output = super().evaluation_loop(  # type: ignore[misc]
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            means = self._evaluation.means(self._summed)
+        finally:
+            self._evaluation = before
+        output.metrics.update({f"{metric_key_prefix}_loss/{task}": mean for task, mean in means.items()})
+        return output
 
-    # ---- logs and checkpoints ------------------------------------------------------------------------------------
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The Trainer's; losses are no predictions."""
+        if ignore_keys is None:
+            config = getattr(self.model, "config", None)
+            ignore_keys = list(getattr(config, "keys_to_ignore_at_inference", ["past_key_values"]) if config else [])
+        ignored = [*ignore_keys, *OURS]
+        result = super().prediction_step(model, inputs, prediction_loss_only, ignored, **kwargs)  # type: ignore[misc]
+        if self._evaluation is not None:
+            if self._evaluation.has_last:
+                self._leave_out_repeated_rows(model, inputs)
+            self._evaluation.settle()
+        return result
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the weighter's values to the logs of training."""
-        if "loss" in logs:
-            logs.update(self.weighter.log_values())
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-        if self.args.should_save:  # type: ignore[attr-defined]
-            torch.save(self.weighter.state_dict(), Path(output_dir) / FILE)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint is None:
+    def _leave_out_repeated_rows(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """The last batch of several processes is filled up with rows from the start, which are no items."""
+        progress, rows = self.accelerator.gradient_state, find_batch_size(inputs)
+        processes = self.accelerator.num_processes
+        if rows is None or not progress.end_of_dataloader or not 0 < progress.remainder < rows * processes:
             return
-        path = Path(checkpoint) / FILE
-        if not path.exists():
-            warnings.warn(f"{checkpoint} holds no {FILE}: the weights start anew.", stacklevel=2)
-            return
-        self.weighter.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-
-    def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """A new model gets a new weighter."""
-        model: nn.Module = super().call_model_init(*args, **kwargs)  # type: ignore[misc]
-        if hasattr(self, "weighter"):
-            self.weighter.detach()
-            self.weighter = self._make_weighter(model)
-        return model
+        real = min(max(progress.remainder - rows * self.accelerator.process_index, 0), rows)
+        inputs = self._prepare_inputs(first_rows(inputs, max(real, 1), rows))  # type: ignore[attr-defined]
+        with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
+            losses: Any = self.compute_losses(model, inputs)
+        items = ItemsOfWindow(self.weighter.tasks, [self.count_items(inputs) if real else 0])
+        items.next()
+        assert self._evaluation is not None
+        self._evaluation.see(losses, items.here, real)
 
 
 class WeightedTrainer(WeightingMixin, Trainer):  # type: ignore[misc]
@@ -184,12 +267,34 @@ class WeightedTrainer(WeightingMixin, Trainer):  # type: ignore[misc]
     """
 
 
+class _Weighed:
+    """A model whose outputs have the weighted total as their loss; in everything else it is that model."""
+
+    def __init__(self, trainer: WeightingMixin, model: nn.Module) -> None:
+        self.called = False
+        self._trainer, self._model = trainer, model
+
+    def __call__(self, **inputs: Any) -> Any:
+        if self.called:
+            raise _model_called_twice(type(self._trainer))
+        self.called = True
+        total, outputs = self._trainer._weigh(self._model, inputs)
+        if isinstance(outputs, dict) and type(outputs) is not dict:  # transformers' ModelOutput
+            outputs["loss"] = total
+            return outputs
+        if isinstance(outputs, Mapping):
+            return {**outputs, "loss": total}
+        return (total, *outputs[1:]) if isinstance(outputs, (tuple, list)) else (total, outputs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # so that it is unwrapped as the model is
+        return type(self._model)
+
+
 # ---- messages ----------------------------------------------------------------------------------------------------
-
-
-def _without_tasks() -> ValueError:
-    """A Trainer that knows no task."""
-    return ValueError("Give `tasks` (their names), or `heads` ({task: dotted name in the model}), or both.")
 
 
 def _model_without_losses(outputs: Any) -> ValueError:
@@ -199,6 +304,65 @@ def _model_without_losses(outputs: Any) -> ValueError:
         "The model must return a dictionary `losses`, {task: scalar}, among its outputs, or `compute_losses(model, "
         f"inputs, return_outputs=False)` must be overridden. Found outputs {found}."
     )
+
+
+def _not_counted(tasks: Sequence[str], inputs: Mapping[str, Any]) -> str:
+    """Tasks whose micro-batches count alike."""
+    return (
+        f"The items of the tasks {list(tasks)} could not be counted: every micro-batch counts the same for them, "
+        "however many items it has, which differs from one large batch where rows are ragged. Name their labels "
+        "`labels_TASK`, `TASK_labels` or `TASK`, let the collator put `num_items` ({task: count}) into the batch, or "
+        "override `count_items(inputs)` (`return 1` if this is what you want). Found in the batch: "
+        f"{list(inputs)}."
+    )
+
+
+def _compute_loss_overridden(cls: type) -> TypeError:
+    """A subclass that makes one loss itself."""
+    return TypeError(
+        f"`{cls.__name__}.compute_loss` makes one loss, which weighting never sees: override `compute_losses(self, "
+        "model, inputs, return_outputs=False)` instead, which returns one loss per task, {task: scalar}. (An override "
+        "that calls `super().compute_loss(...)`, to compute metrics of its outputs, is fine.)"
+    )
+
+
+def _model_not_called(cls: type) -> TypeError:
+    """The Trainer below makes its loss without calling the model that it was given."""
+    return TypeError(
+        f"The `compute_loss` that `{cls.__name__}` inherits from its Trainer makes its loss without calling the model "
+        "that it is given, so it cannot be wrapped: use the integration that is made for that Trainer."
+    )
+
+
+def _model_called_twice(cls: type) -> TypeError:
+    """Which of the calls would be the losses'?"""
+    return TypeError(
+        f"The `compute_loss` that `{cls.__name__}` inherits from its Trainer calls the model more than once, so that "
+        "its losses cannot be told from other outputs: use the integration that is made for that Trainer."
+    )
+
+
+def _check_overrides(cls: type[WeightingMixin]) -> None:
+    """A subclass overrides what is to be overridden, with the arguments that it is called with."""
+    for below in cls.__mro__[: cls.__mro__.index(WeightingMixin)]:
+        if "compute_loss" in vars(below) and not _names(vars(below)["compute_loss"], "compute_loss"):
+            raise _compute_loss_overridden(below)
+    arguments = list(inspect.signature(cls.count_items).parameters)
+    if "outputs" in arguments or len(arguments) > 2:
+        raise TypeError(
+            f"`{cls.__name__}.count_items({', '.join(arguments)})` asks for the model's outputs, and items are counted "
+            "before the forward, when all micro-batches of the step are at hand: write `count_items(self, inputs)`."
+        )
+
+
+def _names(function: Any, name: str) -> bool:
+    """Whether a function's code has a name in it, as that of a call of ``super().name`` has."""
+    codes = [getattr(inspect.unwrap(function), "__code__", None)]
+    for code in codes:
+        if code is None or name in code.co_names:
+            return True
+        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
+    return False
 
 
 def _check_trainer(trainer: Any, has_group: bool) -> None:
