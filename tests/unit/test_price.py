@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from accel_weighting import IMTLG, CoVWeighting, GradNorm, Method, Weighter
+from accel_weighting import IMTLG, CoVWeighting, GradNorm, Method, Weighter, losses, processes, window
 from tests.ranks import accelerator_for
+from tests.unit.test_measure import Kernels
 
 ROWS, PLACES, WIDTH = 16, 4, 32
 WARM_UP = 24  # steps until methods are past their own warm-up and Python has specialised its bytecode
@@ -183,6 +184,44 @@ def test_a_further_micro_batch_takes_no_more_operators_than_its_budget() -> None
     method, tasks = METHODS["GradNorm of 4 tasks"]
     one, several = (sum(added_operators(method, tasks, number).values()) for number in (1, MICRO_BATCHES))
     assert several - one <= OPERATORS_OF_A_FURTHER_MICRO_BATCH * (MICRO_BATCHES - 1)
+
+
+# ---- kernels and copies ------------------------------------------------------------------------------------------
+
+
+def kernels(loop: Loop) -> Counter[str]:
+    """Operators of one step that a GPU starts a kernel for, by name."""
+    loop.steps(WARM_UP)
+    with Kernels() as found:
+        loop.step()
+    return found.counts
+
+
+@pytest.mark.parametrize("method", [GradNorm(), CoVWeighting(), IMTLG()], ids=lambda method: type(method).__name__)
+def test_a_step_starts_few_kernels_and_copies_twice_to_the_device_and_once_back(
+    method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a small z and 4 tasks: at most 10 kernels more than the sum by hand, and no number is asked for one by one."""
+    plain = kernels(Loop(None, 4))
+    loop, copies = Loop(method, 4), Counter[str]()
+
+    def copied(values: Tensor, device: torch.device, to: Any = window.to_device) -> Tensor:
+        copies["up"] += 1
+        return to(values, device)
+
+    def waited(reduction: Any, wait: Any = processes.Reduction.wait) -> Any:
+        copies["down"] += 1
+        return wait(reduction)
+
+    loop.steps(WARM_UP)
+    for module in (losses, processes, window):
+        monkeypatch.setattr(module, "to_device", copied)
+    monkeypatch.setattr(processes.Reduction, "wait", waited)
+    with Kernels() as found:
+        loop.step()
+    assert found.counts.total() - plain.total() <= 10
+    assert found.counts["_local_scalar_dense"] == plain["_local_scalar_dense"]
+    assert copies["up"] <= 2 and copies["down"] == 1
 
 
 # ---- instructions ------------------------------------------------------------------------------------------------
