@@ -470,10 +470,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.summary:
-        _, weighter, training = start((args.problem, "equal", 0, args.lrs[-1], args.seeds[0], args.steps))
-        for _ in training:
+        run = start((args.problem, "equal", 0, args.lrs[-1], args.seeds[0], args.steps))
+        for _ in run[2]:
             pass
-        print(weighter.summary())
+        print(run[1].summary())
         return
     args.output_dir.mkdir(parents=True, exist_ok=True)
     runs = run_all(args)
