@@ -193,7 +193,7 @@ def train(job: Job) -> Run:
     }
 
 
-def costs(best: dict[str, list[Run]], rounds: int = 11, steps: int = 20) -> dict[str, float]:
+def costs(best: dict[str, list[Run]], rounds: int = 7, steps: int = 10) -> dict[str, float]:
     """Processor time of a step with every method, × that of equal weights; medians of rounds in random order."""
     torch.set_num_threads(1)
     runs = {}
@@ -353,11 +353,7 @@ def table(runs: list[Run], cost: dict[str, float]) -> str:
     lines = [heading, ["---"] * len(heading)]
     for name in sorted(best, key=lambda name: fmean(change[name])):
         group = best[name]
-        cells = [
-            name,
-            f"{setting(group[0])} (of {len(methods(group[0]['problem'])[name])})".strip(),
-            f"{group[0]['lr']:g}",
-        ]
+        cells = [name, setting(group[0]), f"{group[0]['lr']:g}"]
         for task, unit in units.items():
             mean = fmean(run["test"][task] for run in group)
             cells.append(f"{mean:.{1 if '%' in unit else 3}f}")
@@ -405,7 +401,7 @@ def draw(runs: list[Run], path: Path) -> None:
         mean, half = interval(change[name])
         ax.plot(change[name], [y] * len(change[name]), "o", markersize=2.5, color=colour, alpha=0.45)
         ax.errorbar(min(mean, limit), y, None, half, fmt="D", color=colour, markersize=4.5, elinewidth=1.6)
-        if mean + half > limit:
+        if max(mean, mean + half) > limit:
             ax.text(limit * 0.99, y, f"{mean:+.0f} ± {half:.0f}", ha="right", va="center", fontsize=7, color=colour,
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.85})  # fmt: skip
     ax.axvline(0, color="#4d4d4d", linewidth=0.8)
@@ -420,11 +416,11 @@ def draw(runs: list[Run], path: Path) -> None:
     ax.set_axisbelow(True)
     ax.set_xlabel("Δm: mean change of the errors against equal weights with the same seed, in percent; less is better")
     seeds = max(map(len, best.values()))
-    ax.set_title(f"{of}: {len(order)} methods, {seeds} seeds, 95 % intervals; dotted: static weights", fontsize=9)
+    ax.set_title(f"{of}: {len(order)} methods, seeds: {seeds}, 95 % intervals; dotted: static weights", fontsize=9)
     for name in FAMILIES:
         if FAMILIES[name] in colours:
             ax.plot([], [], "D", markersize=4.5, color=FAMILIES[name], label=name)
-    ax.legend(loc="upper right" if len(order) < 5 else "lower right", fontsize=8, frameon=True)
+    ax.legend(loc="upper right", fontsize=8, frameon=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
