@@ -35,6 +35,10 @@ class Growth:
     from initial weights to the method's own. A weight of 0 is not taken in, and one far below the mean only as 1/16 of
     it, so that neither is a lasting ban: after six such windows the bound is still about the ordinary weight.
 
+    Each weight is bounded by itself, and the others stay the method's own: they are within their bounds, and to scale
+    them up instead would take all beyond. So weights that keep a sum (IMTL-G's) miss it in the windows in
+    which the bound acts, by what is cut off.
+
     The mean goes on through absences with the weight that stands, which is why an adversary that starts late is bounded
     by its initial weight. A task that is silent or absent while its weight is at the bound keeps it.
 

@@ -64,7 +64,8 @@ class Weighter(Carrying, Readings):
             gradients are untouched.
         max_growth: With ``lag=1``, for methods whose weights are ratios of norms or come from the Gram matrix: a weight
             may be at most so many times the running geometric mean of those applied before (over about 20 windows), so
-            that a task that was nearly silent in one window does not dominate the next. None: no bound.
+            that a task that was nearly silent in one window does not dominate the next. The other weights stay as they
+            are, so a sum that the method keeps (IMTL-G) is not kept in such a step. None: no bound.
         max_skipped_steps: How many steps in a row may be held for losses or gradients that are not finite.
         process_group: Over which statistics are summed. None: data-parallel × context-parallel.
 

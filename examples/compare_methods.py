@@ -1,24 +1,27 @@
-"""Compares all methods on pairs of digits in their authors' protocols, with the same number of settings for each.
+"""Compares all methods on two problems in their authors' protocols, with the same number of settings for each.
 
-A small MLP learns the five tasks of `multi_digits.py` on two handwritten digits side by side. Every method is trained
-with every learning rate and seed of the same grid. The learning rate is chosen on a validation set, by the geometric
-mean of the tasks' errors over all seeds, and only the chosen runs are evaluated on the test set. Every method that has
-a setting to choose brings two candidates, chosen in the same way: eight settings; those without have four. Static
-weights, a grid over two tasks written with knowledge of the gradients, have sixteen.
+    python examples/compare_methods.py --problem digits
+    python examples/compare_methods.py --problem text
 
-    python examples/compare_methods.py
+`problems.py` says what is learned. Every method has the same learning rates, seeds and steps. Those that have a setting
+to choose bring two candidates. A method's learning rate and candidate are chosen on a validation set, by the geometric
+mean of the tasks' errors with the first seed (or the first `--choosing` seeds). The other seeds are run with what was
+chosen, and all of them are evaluated on the test set. Static weights, a grid over two tasks written with knowledge of
+the gradients, have four candidates.
 
-makes some 1,400 short runs, two at a time. Every finished run is a line of `runs.jsonl` in `--output_dir`; after an
-interruption the same command continues. Prints a table and writes it to `table.txt`, and draws the errors of two tasks
-against each other in `compare_methods.png`.
+Every finished run is a line of `runs.jsonl` in `--output_dir`; after an interruption the same command continues. Prints
+a table and writes it to `table.txt`, and draws `compare_<problem>.png`. `--summary` prints what `weighter.summary()`
+says after one run with equal weights, and nothing else.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
 import multiprocessing
 import os
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,11 +31,9 @@ from typing import Any, NamedTuple
 import matplotlib
 import torch
 from accelerate.utils import tqdm
-from multi_digits import LOSSES, TASKS, DigitPairs
+from problems import PROBLEMS
 from scipy.stats import rankdata, t
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
+from torch import nn
 
 from accel_weighting import (
     DBMTL,
@@ -81,158 +82,139 @@ class Candidate(NamedTuple):
     lag: int = 1
 
 
-def static(total: float, pixels: float) -> Candidate:
-    """Static weights for the sum, which has by far the largest gradients, and the pixels, which have the smallest."""
-    return Candidate(StaticWeighting({**dict.fromkeys(TASKS, 1.0), "sum": total, "pixels": pixels}))
-
-
-EPOCH = 64  # steps
-
-
-CROSS_ENTROPIES = ("left", "right", "parity")
-
-
 def both(lag: int, *methods: Method) -> list[Candidate]:
     """Candidates of one method, all with its authors' lag."""
     return [Candidate(method, lag) for method in methods]
 
 
-# To try another method, add a row. Several candidates are chosen among on the validation set, as learning rates are.
-# The lag, the starts and the lengths of averages are those of the papers or of their authors' code; where these leave a
-# number open, two values of it are candidates.
-METHODS = {
-    "equal": both(1, EqualWeighting()),
-    "static": [static(total, pixels) for total in (0.1, 0.01) for pixels in (1, 10)],
-    "random": both(1, RandomLossWeighting(), RandomLossWeighting("dirichlet")),
-    "uncertainty": both(1, *(UncertaintyWeighting(classification=CROSS_ENTROPIES, lr=lr) for lr in (0.025, 0.1))),
-    "uncertainty balanced": both(
-        1, *(UncertaintyWeighting(classification=CROSS_ENTROPIES, lr=lr, start="balanced") for lr in (0.025, 0.1))
-    ),
-    "uncertainty log1p": both(
-        1, *(UncertaintyWeighting(classification=CROSS_ENTROPIES, lr=lr, form="log1p") for lr in (0.025, 0.1))
-    ),
-    "imtl-l": both(1, IMTLL(), IMTLL(lr=0.1)),
-    "imtl-l balanced": both(1, IMTLL(start="balanced"), IMTLL(lr=0.1, start="balanced")),
-    "dwa": both(1, *(DynamicWeightAverage(T, steps_per_epoch=EPOCH) for T in (2.0, 1.0))),
-    "softadapt": both(0, SoftAdapt(), SoftAdapt(variant="loss_weighted")),
-    "relobralo": both(0, *(ReLoBRaLo(alpha=alpha, tau=1.0, rho=0.99) for alpha in (0.95, 0.99))),
-    "tchebycheff": both(0, *(SmoothTchebycheff(mu, EPOCH, 4 * EPOCH) for mu in (1.0, 0.5))),
-    "geometric": both(0, GeometricLoss()),
-    "log losses": both(0, ScaleInvariant()),
-    "famo": both(0, FAMO(), FAMO(gamma=1e-3)),
-    "cov": both(1, CoVWeighting(), CoVWeighting(decay=0.99, warmup=EPOCH)),
-    "slaw": both(1, SLAW(), SLAW(0.9)),
-    "uw-so": both(0, UWSO(1.0), UWSO(10.0)),
-    "coba": both(1, CoBa(), CoBa(50, warmup=EPOCH)),
-    "gradnorm": both(1, *(GradNorm(alpha=0.0, lr=lr) for lr in (0.025, 0.1))),
-    "gradnorm balanced": both(1, *(GradNorm(alpha=alpha, start="balanced") for alpha in (0.0, 0.5))),
-    "reference": both(1, *(ReferenceNorm("left", decay=decay) for decay in (0.0, 0.9))),
-    "ntk": both(1, NTKWeighting()),
-    "db-mtl": both(0, DBMTL()),
-    "rotograd": both(0, RotoGrad(), RotoGrad(lr=0.01)),
-    "magnitudes": both(0, RotoGrad(rotate=False)),
-    "rotograd_norm": both(1, RotoGradNorm(0.0), RotoGradNorm(0.0, target="mean_norm")),
-    "balancer": both(1, GradientBalancer(), GradientBalancer(decay=0.9)),
-    "mgda": both(0, MGDA(), MGDA("norm")),
-    "pcgrad": both(0, PCGrad()),
-    "gradvac": both(0, GradVac(), GradVac(0.01)),
-    "cagrad": both(0, CAGrad(), CAGrad(0.2)),
-    "imtl-g": both(0, IMTLG()),
-    "aligned-mtl": both(0, AlignedMTL(), AlignedMTL("rmse")),
-    "nash-mtl": both(0, NashMTL()),
-    "fairgrad": both(0, FairGrad(1.0), FairGrad(2.0)),
-    "upgrad": both(0, UPGrad()),
-    "dualproj": both(0, DualProj()),
-    "config": both(0, ConFIG()),
-}
-LRS = (1e-3, 3e-3, 1e-2, 3e-2)  # half a decade apart: on a coarser grid the learning rate matters more than the method
-Run = dict[str, Any]
-
-
-class Model(nn.Module):
-    """A shared trunk, and one head per task."""
-
-    def __init__(self, width: int = 64):
-        super().__init__()
-        self.trunk = nn.Sequential(nn.Flatten(), nn.Linear(128, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
-        self.heads = nn.ModuleDict()
-        for name, task in TASKS.items():
-            hidden = nn.Linear(width, width)
-            self.heads[name] = nn.Sequential(nn.ReLU(), hidden, nn.ReLU(), nn.Linear(width, task.outputs))
-
-    def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """Predictions for all tasks."""
-        z = self.trunk(image)
-        return {name: head(z).squeeze(-1) for name, head in self.heads.items()}
-
-
 @functools.cache
-def load_split(seed: int) -> tuple[DigitPairs, DigitPairs, DigitPairs]:
-    """Pairs for training, validation and test, which share no image."""
-    digits = load_digits()
-    images, labels = torch.tensor(digits.images, dtype=torch.float32) / 16, torch.tensor(digits.target)
-    rest, test = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=seed)
-    train, valid = train_test_split(rest, test_size=0.25, stratify=labels[rest], random_state=seed)
-    sizes = {8_192: train, 4_096: valid, 4_095: test}
-    one, two, three = (DigitPairs(images[part], labels[part], size, seed) for size, part in sizes.items())
-    return one, two, three
+def methods(of: str) -> dict[str, list[Candidate]]:
+    """All methods on a problem. To try another one, add a row.
 
-
-def train(job: tuple[str, int, float, int, int]) -> Run:
-    """Makes one run; returns the errors of all tasks on the validation and the test set."""
-    torch.set_num_threads(1)
-    name, index, lr, seed, steps = job
-    candidate = METHODS[name][index]
-    train_set, valid_set, test_set = (part.columns for part in load_split(seed))
-    torch.manual_seed(seed)
-    model = Model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    weighter = Weighter(candidate.method, list(TASKS), heads=dict(model.heads), lag=candidate.lag)
-    order = torch.stack([torch.randperm(len(train_set["image"])) for _ in range(math.ceil(steps / EPOCH))]).view(
-        -1, 128
-    )
-    start = time.process_time()
-    for rows in order[:steps]:
-        outputs = model(train_set["image"][rows])
-        losses = {task: LOSSES[TASKS[task].loss](outputs[task], train_set[task][rows]) for task in TASKS}
-        weighter.backward(losses)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    seconds = time.process_time() - start
+    Several candidates are chosen among on the validation set, as learning rates are. The lag, the starts and the
+    lengths of averages are those of the papers or of their authors' code; where these leave a number open, two values
+    of it are candidates.
+    """
+    problem = PROBLEMS[of]
+    epoch, entropies = problem.epoch, problem.cross_entropies
     return {
-        "method": name,
-        "candidate": repr(candidate),
-        "lr": lr,
-        "seed": seed,
-        "steps": steps,
-        "valid": errors(model, valid_set),
-        "test": errors(model, test_set),
-        "ms_per_step": 1e3 * seconds / steps,
+        "equal": both(1, EqualWeighting()),
+        "static": both(1, *map(StaticWeighting, problem.statics)),
+        "random": both(1, RandomLossWeighting(), RandomLossWeighting("dirichlet")),
+        "uncertainty": both(1, *(UncertaintyWeighting(classification=entropies, lr=lr) for lr in (0.025, 0.1))),
+        "uncertainty balanced": both(
+            1, *(UncertaintyWeighting(classification=entropies, lr=lr, start="balanced") for lr in (0.025, 0.1))
+        ),
+        "uncertainty log1p": both(
+            1, *(UncertaintyWeighting(classification=entropies, lr=lr, form="log1p") for lr in (0.025, 0.1))
+        ),
+        "imtl-l": both(1, IMTLL(), IMTLL(lr=0.1)),
+        "imtl-l balanced": both(1, IMTLL(start="balanced"), IMTLL(lr=0.1, start="balanced")),
+        "dwa": both(1, *(DynamicWeightAverage(T, steps_per_epoch=epoch) for T in (2.0, 1.0))),
+        "softadapt": both(0, SoftAdapt(), SoftAdapt(variant="loss_weighted")),
+        "relobralo": both(0, *(ReLoBRaLo(alpha=alpha, tau=1.0, rho=0.99) for alpha in (0.95, 0.99))),
+        "tchebycheff": both(0, *(SmoothTchebycheff(mu, epoch, 4 * epoch) for mu in (1.0, 0.5))),
+        "geometric": both(0, GeometricLoss()),
+        "log losses": both(0, ScaleInvariant()),
+        "famo": both(0, FAMO(), FAMO(gamma=1e-3)),
+        "cov": both(1, CoVWeighting(), CoVWeighting(decay=0.99, warmup=epoch)),
+        "slaw": both(1, SLAW(), SLAW(0.9)),
+        "uw-so": both(0, UWSO(1.0), UWSO(10.0)),
+        "coba": both(1, CoBa(), CoBa(50, warmup=epoch)),
+        "gradnorm": both(1, *(GradNorm(alpha=0.0, lr=lr) for lr in (0.025, 0.1))),
+        "gradnorm balanced": both(1, *(GradNorm(alpha=alpha, start="balanced") for alpha in (0.0, 0.5))),
+        "reference": both(1, *(ReferenceNorm(problem.reference, decay=decay) for decay in (0.0, 0.9))),
+        "ntk": both(1, NTKWeighting()),
+        "db-mtl": both(0, DBMTL()),
+        "rotograd": both(0, RotoGrad(), RotoGrad(lr=0.01)),
+        "magnitudes": both(0, RotoGrad(rotate=False)),
+        "rotograd_norm": both(1, RotoGradNorm(0.0), RotoGradNorm(0.0, target="mean_norm")),
+        "balancer": both(1, GradientBalancer(), GradientBalancer(decay=0.9)),
+        "mgda": both(0, MGDA(), MGDA("norm")),
+        "pcgrad": both(0, PCGrad()),
+        "gradvac": both(0, GradVac(), GradVac(0.01)),
+        "cagrad": both(0, CAGrad(), CAGrad(0.2)),
+        "imtl-g": both(0, IMTLG()),
+        "aligned-mtl": both(0, AlignedMTL(), AlignedMTL("rmse")),
+        "nash-mtl": both(0, NashMTL()),
+        "fairgrad": both(0, FairGrad(1.0), FairGrad(2.0)),
+        "upgrad": both(0, UPGrad()),
+        "dualproj": both(0, DualProj()),
+        "config": both(0, ConFIG()),
     }
 
 
-@torch.no_grad()
-def errors(model: nn.Module, data: dict[str, Tensor]) -> dict[str, float]:
-    """Percentage of wrong answers, or root mean squared error; a model that diverged counts as wrong."""
-    outputs, result = model(data["image"]), {}
-    for name, task in TASKS.items():
-        answer, truth = outputs[name], data[name]
-        if task.metric == "accuracy":
-            wrong = (answer.argmax(-1) if task.outputs > 1 else answer > 0) != truth
-            error = 100 * max(wrong.double().mean().item(), 0.5 / len(wrong))
-        else:
-            error = (answer - truth).square().mean().sqrt().item()
-        result[name] = error if math.isfinite(error) and outputs[name].isfinite().all() else 1e3
-    return result
+Run = dict[str, Any]
+Job = tuple[str, str, int, float, int, int]
+
+
+def start(job: Job) -> tuple[nn.Module, Weighter, Iterator[float]]:
+    """A model, its weighter, and the training: seconds of processor time, step by step."""
+    of, name, index, lr, seed, steps = job
+    problem, candidate = PROBLEMS[of], methods(of)[name][index]
+    data = problem.load(seed)[0]
+    torch.manual_seed(seed)
+    model = problem.model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    weighter = Weighter(candidate.method, list(problem.tasks), heads=dict(model.heads), lag=candidate.lag)
+    samples = problem.epoch * problem.batch
+    order = torch.stack([torch.randperm(samples) for _ in range(math.ceil(steps / problem.epoch))])
+
+    def training() -> Iterator[float]:
+        for rows in order.view(-1, problem.batch)[:steps]:
+            begin = time.process_time()
+            weighter.backward(problem.losses(model, {name: column[rows] for name, column in data.items()}))
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            yield time.process_time() - begin
+
+    return model, weighter, training()
+
+
+def train(job: Job) -> Run:
+    """Makes one run; returns the errors of all tasks on the validation and the test set."""
+    torch.set_num_threads(1)
+    of, name, index, lr, seed, steps = job
+    model, _, training = start(job)
+    for _ in training:
+        pass
+    _, valid, test = PROBLEMS[of].load(seed)
+    return {
+        "problem": of,
+        "method": name,
+        "candidate": repr(methods(of)[name][index]),
+        "lr": lr,
+        "seed": seed,
+        "steps": steps,
+        "valid": PROBLEMS[of].errors(model, valid),
+        "test": PROBLEMS[of].errors(model, test),
+    }
+
+
+def costs(best: dict[str, list[Run]], rounds: int = 7, steps: int = 10) -> dict[str, float]:
+    """Processor time of a step with every method, × that of equal weights; medians of rounds in random order."""
+    torch.set_num_threads(1)
+    runs = {}
+    for name, (run, *_) in best.items():
+        index = list(map(repr, methods(run["problem"])[name])).index(run["candidate"])
+        runs[name] = start((run["problem"], name, index, 1e-3, 0, (rounds + 1) * steps))[2]
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name in random.Random(0).sample(list(runs), len(runs)):
+            found[name].append(fmean(next(runs[name]) for _ in range(steps)))
+    one = "equal" if "equal" in found else next(iter(found))
+    return {
+        name: median(a / b for a, b in zip(times[1:], found[one][1:], strict=True)) for name, times in found.items()
+    }
 
 
 # ---- all runs -------------------------------------------------------------------------------------------------------
 
 
 def key(run: Run) -> tuple[Any, ...]:
-    return tuple(run[part] for part in ("method", "candidate", "lr", "seed", "steps"))
+    return tuple(run[part] for part in ("problem", "method", "candidate", "lr", "seed", "steps"))
 
 
 def finished(path: Path) -> list[Run]:
@@ -246,7 +228,7 @@ def finished(path: Path) -> list[Run]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def results(jobs: list[tuple[str, int, float, int, int]], workers: int) -> Iterator[Run]:
+def results(jobs: list[Job], workers: int) -> Iterator[Run]:
     """Yields runs as they finish."""
     if workers == 1:
         yield from map(train, jobs)
@@ -256,15 +238,22 @@ def results(jobs: list[tuple[str, int, float, int, int]], workers: int) -> Itera
 
 
 def run_all(args: argparse.Namespace) -> list[Run]:
+    """Makes the runs of the first seeds, chooses the settings by them, and makes those of the other seeds."""
+    there = methods(args.problem)
+    all_settings = [(name, i, lr) for name in args.methods for i in range(len(there[name])) for lr in args.lrs]
+    runs = make(args, [(*setting, seed) for seed in args.seeds[: args.choosing] for setting in all_settings])
+    best = [group[0] for group in chosen(runs).values()]
+    taken = [(r["method"], list(map(repr, there[r["method"]])).index(r["candidate"]), r["lr"]) for r in best]
+    return runs + make(args, [(*setting, seed) for seed in args.seeds[args.choosing :] for setting in taken])
+
+
+def make(args: argparse.Namespace, settings: list[tuple[str, int, float, int]]) -> list[Run]:
     """Makes the runs that are not in the file yet, and writes each as soon as it is finished."""
     path = args.output_dir / "runs.jsonl"
-    wanted = {
-        (name, repr(candidate), lr, seed, args.steps): (name, index, lr, seed, args.steps)
-        for seed in args.seeds
-        for name in args.methods
-        for index, candidate in enumerate(METHODS[name])
-        for lr in args.lrs
-    }
+    wanted: dict[tuple[Any, ...], Job] = {}
+    for name, index, lr, seed in settings:
+        candidate = repr(methods(args.problem)[name][index])
+        wanted[args.problem, name, candidate, lr, seed, args.steps] = (args.problem, name, index, lr, seed, args.steps)
     there = {key(run): run for run in finished(path) if key(run) in wanted}  # a run that is there twice counts once
     runs = list(there.values())
     jobs = [job for name, job in wanted.items() if name not in there]
@@ -299,12 +288,18 @@ def settings(runs: list[Run]) -> dict[tuple[str, str, float], list[Run]]:
 
 
 def chosen(runs: list[Run]) -> dict[str, list[Run]]:
-    """For every method, the runs (one per seed) with its best candidate and learning rate."""
-    best: dict[str, list[Run]] = {}
-    for (name, _, _), group in settings(runs).items():
-        if name not in best or score(group) < score(best[name]):
-            best[name] = group
-    return best
+    """For every method, the runs (one per seed) with the candidate and the learning rate that are best on validation.
+
+    Settings are compared on the seeds that all of them have.
+    """
+    groups = settings(runs)
+    seeds = set.intersection(*({run["seed"] for run in group} for group in groups.values()))
+    best: dict[str, tuple[float, list[Run]]] = {}
+    for (name, _, _), group in groups.items():
+        found = score([run for run in group if run["seed"] in seeds])
+        if name not in best or found < best[name][0]:
+            best[name] = found, group
+    return {name: group for name, (_, group) in best.items()}
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -313,79 +308,120 @@ def interval(values: list[float]) -> tuple[float, float]:
     return fmean(values), float(t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n) if n > 1 else math.nan
 
 
-def delta_m(run: Run, baseline: dict[str, float]) -> float:
-    """Mean relative change of the errors in percent; less is better."""
-    return 100 * fmean(run["test"][task] / baseline[task] - 1 for task in TASKS)
+def changes(best: dict[str, list[Run]]) -> dict[str, list[float]]:
+    """Mean relative change of the errors, in percent of those of equal weights with the same seed; less is better."""
+    equal = {run["seed"]: run["test"] for run in best["equal"]}
+    return {
+        name: [100 * fmean(e / equal[run["seed"]][task] - 1 for task, e in run["test"].items()) for run in group]
+        for name, group in best.items()
+    }
 
 
 def mean_ranks(best: dict[str, list[Run]]) -> dict[str, float]:
     """Rank of every method, with 1 as the best, averaged over tasks and seeds."""
+    groups = list(best.values())
     ranks = [
-        rankdata([runs[i]["test"][task] for runs in best.values()])
-        for i in range(min(map(len, best.values())))
-        for task in TASKS
+        rankdata([group[i]["test"][task] for group in groups])
+        for i in range(min(map(len, groups)))
+        for task in groups[0][0]["test"]
     ]
     return {name: fmean(float(rank[k]) for rank in ranks) for k, name in enumerate(best)}
 
 
-def table(runs: list[Run]) -> str:
-    """The test errors of the chosen runs, as a Markdown table."""
+def setting(run: Run) -> str:
+    """What was chosen among the candidates of a method, and the number of these."""
+    candidates = {repr(candidate): candidate.method for candidate in methods(run["problem"])[run["method"]]}
+    if len(candidates) == 1:
+        return ""
+    method: Any = candidates[run["candidate"]]
+    names = [field.name for field in dataclasses.fields(method)]
+    values = {name: getattr(method, name) for name in names}
+    differ = [name for name in names if any(getattr(other, name) != values[name] for other in candidates.values())]
+    shown = {name: values[name] for name in differ}
+    if isinstance(weights := shown.get("weights"), dict):
+        shown = {task: weight for task, weight in weights.items() if weight != 1}
+    return ", ".join(f"{name} {value}" for name, value in shown.items()) + f" (of {len(candidates)})"
+
+
+def table(runs: list[Run], cost: dict[str, float]) -> str:
+    """The test errors of the chosen runs, as a Markdown table, sorted by Δm."""
     best = chosen(runs)
-    ranks = mean_ranks(best)
-    baseline = {task: fmean(run["test"][task] for run in best["equal"]) for task in TASKS} if "equal" in best else None
-    units = {task: "% wrong" if TASKS[task].metric == "accuracy" else "RMSE" for task in TASKS}
+    ranks, change = mean_ranks(best), changes(best)
+    units = PROBLEMS[runs[0]["problem"]].tasks
     columns = [f"{task}, {unit}" for task, unit in units.items()]
-    heading = ["method", *columns, "Δm, %", "mean rank", "lr", "ms per step"]
+    heading = ["method", "setting chosen", "lr", *columns, "Δm, %", "Δm − static's", "mean rank", "step, × equal"]
     lines = [heading, ["---"] * len(heading)]
-    for name, group in sorted(best.items(), key=lambda item: ranks[item[0]]):
-        cells = [name if len(METHODS[name]) == 1 else f"{name} (best of {len(METHODS[name])})"]
+    for name in sorted(best, key=lambda name: fmean(change[name])):
+        group = best[name]
+        cells = [name, setting(group[0]), f"{group[0]['lr']:g}"]
         for task, unit in units.items():
-            mean, half = interval([run["test"][task] for run in group])
-            digits = 1 if unit == "% wrong" else 3
-            cells.append(f"{mean:.{digits}f} ± {half:.{digits}f}")
-        if baseline is None:
-            cells.append("–")
-        else:
-            mean, half = interval([delta_m(run, baseline) for run in group])
-            cells.append(f"{round(mean, 1) + 0.0:+.1f} ± {half:.1f}")
-        time_per_step = median(run["ms_per_step"] for run in runs if run["method"] == name)
-        lines.append([*cells, f"{ranks[name]:.1f}", f"{group[0]['lr']:g}", f"{time_per_step:.2f}"])
+            mean = fmean(run["test"][task] for run in group)
+            cells.append(f"{mean:.{1 if '%' in unit else 3}f}")
+        cells.append("0" if name == "equal" else "{:+.1f} ± {:.1f}".format(*interval(change[name])))
+        apart = [a - b for a, b in zip(change[name], change.get("static", []), strict=False)]
+        cells.append("{:+.1f} ± {:.1f}".format(*interval(apart)) if apart and name != "static" else "")
+        lines.append([*cells, f"{ranks[name]:.1f}", f"{cost[name]:.2f}"])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
     )
 
 
-def draw(runs: list[Run], tasks: tuple[str, str], path: Path) -> None:
-    """Draws the test errors of two tasks: the mean of every setting, and the chosen settings with intervals."""
+FAMILIES = {
+    "reads nothing": "#4d4d4d",
+    "reads losses": "#d95f02",
+    "reads norms of gradients": "#1b6ca8",
+    "reads inner products of gradients": "#1b8a5a",
+    "turns features": "#8e44ad",
+}
+
+
+def family(method: Method) -> str:
+    """What a method reads, or that it rotates."""
+    needs = method.needs
+    names = list(FAMILIES)
+    if "moments" in needs:
+        return names[4]
+    return names[3 if "gram" in needs else 2 if "norms" in needs else 1 if needs else 0]
+
+
+def draw(runs: list[Run], path: Path) -> None:
+    """Draws Δm of every method with its interval, sorted, and every seed's as a small dot."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     best = chosen(runs)
-    figure, ax = plt.subplots(figsize=(10, 6.5), layout="constrained")
-    colours, markers = plt.get_cmap("turbo").resampled(len(best)), "o^Dv"
-    for k, (name, group) in enumerate(best.items()):
-        others = [g for (method, _, _), g in settings(runs).items() if method == name]
-        means = [[fmean(run["test"][task] for run in g) for g in others] for task in tasks]
-        ax.scatter(*means, s=8, color=colours(k), alpha=0.5, linewidths=0)
-        (x, dx), (y, dy) = (interval([run["test"][task] for run in group]) for task in tasks)
-        marker = "s" if name in ("equal", "static", "random") else markers[k % len(markers)]
-        ax.errorbar(x, y, dy, dx, fmt=marker, color=colours(k), markersize=7, elinewidth=0.7, label=name)
-        ax.annotate(name, (x, y), (4, 4), textcoords="offset points", fontsize=7, color=colours(k))
-    xs, ys = ([fmean(run["test"][task] for run in group) for group in best.values()] for task in tasks)
-    for axis, values, task in ((ax.xaxis, xs, tasks[0]), (ax.yaxis, ys, tasks[1])):
-        unit = "percent wrong" if TASKS[task].metric == "accuracy" else "root mean squared error"
-        axis.set_label_text(f"{task}: {unit} on the test set")
-        (ax.set_xlim if axis is ax.xaxis else ax.set_ylim)(0.8 * min(values), 1.25 * max(values))
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
-    title = "Large: chosen on the validation set, with 95 % intervals. Small: what was not. Squares: baselines."
-    ax.set_title(title, fontsize=9)
-    figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=120)
+    change, of = changes(best), runs[0]["problem"]
+    order = sorted(best, key=lambda name: -fmean(change[name]))
+    colours = [FAMILIES[family(methods(of)[name][0].method)] for name in order]
+    figure, ax = plt.subplots(figsize=(9, 1.2 + 0.2 * len(order)), layout="constrained")
+    low = min(min(values) for values in change.values())
+    limit = max(60.0, -2 * low)  # what is farther to the right is cut off, and its mean written there
+    for y, (name, colour) in enumerate(zip(order, colours, strict=True)):
+        mean, half = interval(change[name])
+        ax.plot(change[name], [y] * len(change[name]), "o", markersize=2.5, color=colour, alpha=0.45)
+        ax.errorbar(min(mean, limit), y, None, half, fmt="D", color=colour, markersize=4.5, elinewidth=1.6)
+        if max(mean, mean + half) > limit:
+            ax.text(limit * 0.99, y, f"{mean:+.0f} ± {half:.0f}", ha="right", va="center", fontsize=7, color=colour,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.85})  # fmt: skip
+    ax.axvline(0, color="#4d4d4d", linewidth=0.8)
+    if "static" in change:
+        ax.axvline(fmean(change["static"]), color="#4d4d4d", linewidth=0.8, linestyle=":")
+    ax.set_yticks(range(len(order)), order, fontsize=8)
+    for label, colour in zip(ax.get_yticklabels(), colours, strict=True):
+        label.set_color(colour)
+    ax.set_xlim(min(1.35 * low, -10), limit)
+    ax.set_ylim(-0.8, len(order) - 0.2)
+    ax.grid(axis="x", color="#e0e0e0", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.set_xlabel("Δm: mean change of the errors against equal weights with the same seed, in percent; less is better")
+    seeds = max(map(len, best.values()))
+    ax.set_title(f"{of}: {len(order)} methods, seeds: {seeds}, 95 % intervals; dotted: static weights", fontsize=9)
+    for name in FAMILIES:
+        if FAMILIES[name] in colours:
+            ax.plot([], [], "D", markersize=4.5, color=FAMILIES[name], label=name)
+    ax.legend(loc="upper right", fontsize=8, frameon=True)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -394,51 +430,53 @@ def parse_args() -> argparse.Namespace:
         return lambda text: [kind(part) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--methods", type=listed(str), default=list(METHODS), metavar="A,B,…", help="methods to compare (default: all)"
-    )
+    parser.add_argument("--problem", choices=list(PROBLEMS), default="digits", help="what is learned (default: digits)")
+    parser.add_argument("--summary", action="store_true", help="print what one run with equal weights shows, and end")
+    parser.add_argument("--methods", type=listed(str), metavar="A,B,…", help="methods to compare (default: all)")
     parser.add_argument(
         "--seeds", type=listed(int), default=[0, 1, 2, 3, 4], metavar="0,1,…", help="random seeds (default: 0 to 4)"
     )
+    parser.add_argument("--choosing", type=int, default=1, help="on how many seeds settings are chosen (default: 1)")
     parser.add_argument(
         "--lrs",
         type=listed(float),
-        default=list(LRS),
         metavar="1e-3,…",
-        help=f"learning rates to choose from (default: {LRS})",
+        help="learning rates to choose from (default: the problem's)",
     )
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of a run (default: 1000)")
+    parser.add_argument("--steps", type=int, help="optimizer steps of a run (default: the problem's)")
     parser.add_argument("--workers", type=int, default=2, help="number of runs at the same time (default: 2)")
-    parser.add_argument(
-        "--pareto",
-        type=listed(str),
-        default=["left", "sum"],
-        metavar="A,B",
-        help="two tasks for the axes of the picture (default: left,sum)",
-    )
     parser.add_argument(
         "--output_dir",
         type=Path,
-        default=Path("results/compare_methods"),
-        help="folder for runs, table and picture (default: %(default)s)",
+        help="folder for runs, table and picture (default: results/compare_methods/<problem>)",
     )
     args = parser.parse_args()
-    for option, names, known in (("methods", args.methods, METHODS), ("pareto", args.pareto, TASKS)):
-        if unknown := [name for name in names if name not in known]:
-            parser.error(f"--{option}: unknown {unknown}; there are {list(known)}")
-    if len(args.pareto) != 2 or args.workers < 1 or args.steps < 1:
-        parser.error("--pareto takes two tasks, --workers and --steps at least 1")
+    known = methods(args.problem)
+    args.methods = args.methods or list(known)
+    args.lrs = args.lrs or list(PROBLEMS[args.problem].lrs)
+    args.steps = PROBLEMS[args.problem].steps if args.steps is None else args.steps
+    args.output_dir = args.output_dir or Path("results/compare_methods") / args.problem
+    if unknown := [name for name in args.methods if name not in known]:
+        parser.error(f"--methods: unknown {unknown}; there are {list(known)}")
+    if "equal" not in args.methods or min(args.workers, args.steps, args.choosing) < 1:
+        parser.error("--methods must have `equal` among them; --workers, --steps and --choosing are at least 1")
     return args
 
 
 def main() -> None:
     args = parse_args()
+    if args.summary:
+        run = start((args.problem, "equal", 0, args.lrs[-1], args.seeds[0], args.steps))
+        for _ in run[2]:
+            pass
+        print(run[1].summary())
+        return
     args.output_dir.mkdir(parents=True, exist_ok=True)
     runs = run_all(args)
-    text = table(runs)
+    text = table(runs, costs(chosen(runs)))
     print(text)
     (args.output_dir / "table.txt").write_text(text + "\n")
-    draw(runs, tuple(args.pareto), args.output_dir / "compare_methods.png")
+    draw(runs, args.output_dir / f"compare_{args.problem}.png")
     print(f"Runs, table and picture are in {args.output_dir}")
 
 

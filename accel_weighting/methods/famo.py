@@ -31,6 +31,9 @@ class FAMO(LossMethod):
     the weights is 1, as in its source; it stays that of the initial weights: start with 1 each for a sum of K. Weights
     stand on a floor of 1e-6: losses more than some five orders of magnitude apart are not balanced fully.
 
+    There is no ``start``: with z equal the first weights are already those of ``Σ log D_k``, where every weighted loss
+    is the same, and at which rates the log losses fall is not known before the second window.
+
     **What differs here.** The paper computes δ with a second forward on the same batch, after the optimizer's step.
     Here δ compares the losses of two windows in a row: no second forward, but the difference of their batches is in
     δ. It is the paper's algorithm where every batch is the whole data set, and otherwise a noisier estimate of the

@@ -39,7 +39,8 @@ class GradNorm(Method):
     As ``G_i`` is linear in ``w_i``, no second backward is needed: ``∂L_grad/∂w_i = s_i n_i`` with
     ``s_i = sign(G_i − Ḡ r_i^α)``. Weights stay positive, and their sum stays what it was at the start (K).
 
-    A task that is absent, or whose losses so far were all 0, keeps its weight; the means run over the others.
+    A task that is absent, or whose losses so far were all 0, keeps its weight; the means run over the others. Weights
+    stand on a floor of 1e-6: norms more than some six orders of magnitude apart are not made equal.
 
     Args:
         alpha: Strength of the pull towards equal training rates, finite and at least 0. At 0 the norms are made

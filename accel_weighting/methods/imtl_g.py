@@ -20,7 +20,8 @@ class IMTLG(GramMethod):
 
     Where the gradients cancel out, or where the sum before normalising is not positive or so small that a weight
     would pass 1,000 (the paper's g then points uphill for every task, or is without bound), ``α_k ∝ 1/n_k``. A zero
-    gradient counts as absent.
+    gradient counts as absent. In a step in which the weighter's ``max_growth`` cuts one of the weights off the sum is
+    not 1.
 
     Source: Liu et al., Towards Impartial Multi-Task Learning, ICLR 2021; in terms of the Gram matrix, arXiv
     2406.16232.

@@ -62,7 +62,8 @@ class UncertaintyWeighting(_LearnedScale):
     never negative, and neither is the objective. Its gradient is ``σ²/(1 + σ²) − w_k L_k``.
 
     The paper moves ``s`` and the model at the same time, from the same losses: that is ``lag=1``. With ``lag=0`` the
-    weights are one step of ``s`` ahead of it. A task absent from a window keeps its ``s``.
+    weights are one step of ``s`` ahead of it. A task absent from a window keeps its ``s``. Weights are at least 1e-6,
+    and at most a million times f: losses beyond a million, or below a millionth, are not balanced fully.
 
     Args:
         lr: Step size of ``s``; GradNorm's experiments used 0.025 for this method.
@@ -117,7 +118,8 @@ class IMTLL(_LearnedScale):
     rest ``w_k = 1 / L_k``, smoothed over time. There is no fixed sum.
 
     The paper moves ``s`` and the model at the same time, from the same losses: that is ``lag=1``. With ``lag=0`` the
-    weights are one step of ``s`` ahead of it. A task absent from a window keeps its ``s``.
+    weights are one step of ``s`` ahead of it. A task absent from a window keeps its ``s``. Weights lie within
+    [1e-6, 1e6]: losses beyond a million, or below a millionth, are not balanced fully.
 
     Args:
         lr: Step size of ``s``.

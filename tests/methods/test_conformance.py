@@ -11,18 +11,23 @@ import torchjd.aggregation as tj
 from torchjd.linalg import QuadprogProjector
 
 from accel_weighting import (
+    FAMO,
     IMTLG,
     MGDA,
     AlignedMTL,
     CAGrad,
     ConFIG,
+    CosineGate,
     DualProj,
     FairGrad,
+    GeometricLoss,
     GradientBalancer,
     GradVac,
     Method,
     NashMTL,
     PCGrad,
+    RotoGrad,
+    ScaleInvariant,
     UPGrad,
     Weighter,
 )
@@ -190,3 +195,98 @@ def test_it_vanishes_where_a_sum_of_the_gradients_with_positive_weights_does(met
         J = gradients(3, 6, seed)
         J = np.concatenate([J, -J.sum(0, keepdims=True)])
         assert np.linalg.norm(update(method, J)) < 1e-4 * size(J)
+
+
+# ---- what the docstrings say of weights and lengths ------------------------------------------------------------------
+
+
+def weights_of(method: Method, J: np.ndarray) -> np.ndarray:
+    """With which a sum of the gradients is the update: unique where they are independent."""
+    return np.linalg.lstsq(J.T, update(method, J), rcond=None)[0]
+
+
+INDEPENDENT = {case: J for case, J in ALL.items() if J.shape[1] >= len(J)}
+ORTHOGONAL = np.linalg.qr(gradients(6, 6, 7))[0][:4]
+
+
+def test_orthonormal_gradients_have_the_weights_of_a_sum_or_of_a_mean():
+    for methods, weight in (
+        ((PCGrad(), GradVac(), ConFIG(), NashMTL(), FairGrad(2.0), RotoGrad(rotate=False), GradientBalancer()), 1.0),
+        ((UPGrad(), DualProj(), AlignedMTL(), MGDA(), IMTLG()), 0.25),
+    ):
+        for method in methods:
+            np.testing.assert_allclose(weights_of(method, ORTHOGONAL), weight, rtol=1e-9, err_msg=repr(method))
+
+
+def test_where_nothing_conflicts_nothing_changes_and_no_weight_is_ever_below_that():
+    J = SETS["agreeing"]
+    assert (J @ J.T > 0).all()
+    for method in (PCGrad(), UPGrad(), DualProj()):
+        for G in (J, *INDEPENDENT.values()):
+            plain, weights = 1.0 if method == PCGrad() else 1 / len(G), weights_of(method, G)
+            assert weights.min() > plain * (1 - 1e-9)
+            if G is J:
+                np.testing.assert_allclose(weights, plain, rtol=1e-9)
+
+
+def test_dualproj_is_the_mean_wherever_that_conflicts_with_none():
+    J = gradients(3, 6, 11) + [[3], [3], [3]] * gradients(1, 6, 12)
+    J[0] -= 1.2 * (J[0] @ J[1]) / (J[1] @ J[1]) * J[1]  # conflicts with its neighbour, but not with the mean
+    assert J[0] @ J[1] < 0 and (J @ J.mean(0) > 0).all()
+    np.testing.assert_allclose(update(DualProj(), J), J.mean(0), rtol=1e-9)
+    assert not np.allclose(update(UPGrad(), J), J.mean(0), rtol=1e-3)
+
+
+def test_mgdas_weights_of_orthogonal_gradients_go_with_the_inverse_square_of_their_lengths():
+    n = np.array([1.0, 2.0, 5.0, 0.5])
+    np.testing.assert_allclose(weights_of(MGDA(), n[:, None] * ORTHOGONAL), n**-2 / (n**-2).sum(), rtol=1e-9)
+
+
+def test_config_goes_where_imtlg_goes_as_far_as_all_project():
+    for J in INDEPENDENT.values():
+        g = update(ConFIG(), J)
+        unit = g / np.linalg.norm(g)
+        assert np.linalg.norm(g) == pytest.approx((J @ unit).sum(), rel=1e-6)
+        cosines = J @ unit / np.linalg.norm(J, axis=1)
+        np.testing.assert_allclose(cosines, cosines.mean(), rtol=1e-6)
+    g, other = (update(method, SETS["agreeing"]) for method in (ConFIG(), IMTLG()))
+    np.testing.assert_allclose(g / np.linalg.norm(g), other / np.linalg.norm(other), atol=1e-9)
+
+
+def test_nash_goes_root_k_root_mean_square_norms_far():
+    for J in INDEPENDENT.values():
+        rms = np.sqrt((J**2).sum(1).mean())
+        assert np.linalg.norm(update(NashMTL(), J)) == pytest.approx(np.sqrt(len(J)) * rms, rel=1e-6)
+
+
+def test_cagrad_stays_in_its_ball():
+    for c in (0.0, 0.2, 0.9):
+        for J in ALL.values():
+            mean = J.mean(0)
+            assert np.linalg.norm(update(CAGrad(c), J) - mean) <= c * np.linalg.norm(mean) * (1 + 1e-9) + 1e-12
+
+
+@pytest.mark.parametrize("mode", ["hard", "soft"])
+def test_a_gate_lets_no_task_in_that_conflicts_with_the_primary_one(mode):
+    for J in ALL.values():
+        g = update(CosineGate("task0", mode), J)
+        assert J[0] @ g >= J[0] @ J[0] * (1 - 1e-9)
+
+
+def with_losses(method: Method, J: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The update of one backward where the losses have these values."""
+    theta = torch.zeros(J.shape[1], dtype=torch.float64, requires_grad=True)
+    rows = zip(map(str, range(len(J))), torch.tensor(J), values, strict=True)
+    losses = {task: g @ theta + value for task, g, value in rows}
+    Weighter(method, list(losses), lag=0).backward(losses)
+    return theta.grad.numpy()
+
+
+def test_log_losses_their_mean_and_famo_begin_alike():
+    """FAMO needs no other start: with equal z it descends the log losses, of which every weighted loss is the same."""
+    J, values = SETS["K = 3"], np.array([0.01, 1.0, 50.0])
+    expected = J.T @ (1 / values)
+    np.testing.assert_allclose(with_losses(ScaleInvariant(), J, values), expected, rtol=1e-12)
+    mean = values.prod() ** (1 / 3)
+    np.testing.assert_allclose(with_losses(GeometricLoss(), J, values), expected * mean / 3, rtol=1e-12)
+    np.testing.assert_allclose(with_losses(FAMO(), J, values), expected / (1 / values).sum(), rtol=1e-5)

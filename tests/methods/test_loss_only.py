@@ -377,6 +377,27 @@ def test_famo_is_the_papers_algorithm_with_the_next_losses(gamma):
     close(trajectory(FAMO(gamma=gamma, min_losses={"b": 0.01}), losses)[0], reference)
 
 
+@pytest.mark.parametrize(
+    ("method", "within"),
+    [
+        (UncertaintyWeighting(start="balanced"), 1e5),
+        (IMTLL(start="balanced"), 1e5),
+        (GeometricLoss(), 1e5),
+        (ScaleInvariant(), 1e5),
+        (SmoothTchebycheff(), 1e5),
+        (FAMO(), 1e4),
+    ],
+    ids=repr,
+)
+def test_losses_are_balanced_until_the_floor_of_the_weights_binds(method, within):
+    """Every weighted loss is the same; with losses a billion apart the larger one's weight stands on the floor."""
+    for large, balanced in ((within, True), (1e9, False)):
+        losses = [1.0, 1.0, large]
+        weighted = trajectory(method, [losses])[0][-1] * losses
+        assert (abs(weighted[2] / weighted[0] - 1) < 1e-3) == balanced
+        assert weighted[0] == pytest.approx(weighted[1])
+
+
 # ---- rules that hold for all
 
 

@@ -202,6 +202,23 @@ def test_signs_stay():
     assert applied[8] == pytest.approx(-2.0) and 2.0 < applied[9] < 2.2
 
 
+def test_a_kept_sum_gives_way_to_the_bound_and_no_other_weight_does():
+    """Scaled up to their sum again all weights would be beyond their bounds, and one of another sign would turn."""
+    J = np.random.default_rng(2).normal(size=(4, 9))
+    faint = J * [[1], [1], [1], [1e-3]]
+    weighter, free = (Weighter(IMTLG(), list("abcd"), max_growth=factor) for factor in (2.0, None))
+    answers, applied = [], []
+    for rows in (J, J, faint, J):
+        window = Statistics(np.ones(4), [True] * 4, np.linalg.norm(rows, axis=1), rows @ rows.T)
+        for one, found in ((weighter, applied), (free, answers)):
+            one._progress.update(window)
+            found.append(np.array(list(one.weights.values())))
+    assert np.array_equal(applied[2][:3], answers[2][:3]) and applied[2][3] == pytest.approx(2 * answers[0][3])
+    assert abs(applied[2].sum() - 1) > 0.1
+    for step in (0, 1, 3):
+        assert np.array_equal(applied[step], answers[step]) and applied[step].sum() == pytest.approx(1)
+
+
 def test_an_absent_task_keeps_its_weight_also_at_the_bound():
     here, gone, zero = statistics(), statistics((True, False)), statistics(norms=(1.0, 0.0))
     for missing in (gone, zero):

@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from accel_weighting import MGDA, CoVWeighting, GradNorm, Method, RotoGrad, Statistics, Weighter
+from accel_weighting import MGDA, ConFIG, CoVWeighting, GradNorm, Method, RotoGrad, Statistics, Weighter
 from tests.ranks import accelerator_for
 from tests.small import WIDTH, Net, batch, gradients_by_hand, net, task_losses, tensor
 
@@ -42,6 +42,9 @@ HELD = RuntimeError, r"weights are held\. \d+ steps in a row exceed `max_skipped
 NEGATIVE = ValueError, r"divides by losses and needs them positive"
 FREED = RuntimeError, r"^The graph was already freed"
 ONCE = RuntimeError, r"^With `lag = 0` the weights of a backward are decided when the tasks' gradients meet"
+
+
+FACTORS = {"negative": -1.0, "faint": 1e-6, "silent": 0.0}  # of a loss
 
 
 class Interruption(Exception):
@@ -68,7 +71,7 @@ class Request:
     left_out: frozenset[str] = frozenset()
     zero: frozenset[str] = frozenset()
     items: int | None = None
-    fault: tuple[str, str] | None = None  # "loss", "gradient" or "negative", and of which task
+    fault: tuple[str, str] | None = None  # "loss", "gradient", or one of FACTORS, and of which task
     freeze: bool = False
 
     @property
@@ -96,7 +99,7 @@ def requests(draw: Callable[..., Any]) -> Request:
     some = st.sets(st.sampled_from(TASKS))
     rarely = st.sampled_from([True, False, False, False])
     left_out = draw(st.sets(st.sampled_from(TASKS), max_size=K - 1)) if draw(rarely) else set()
-    faulty = draw(st.sampled_from([None, None, None, "loss", "gradient", "negative"]))
+    faulty = draw(st.sampled_from([None, None, None, "loss", "gradient", *FACTORS]))
     return Request(
         draw(st.integers(0, BATCHES - 1)),
         frozenset(left_out),
@@ -132,6 +135,44 @@ class MicroBatch:
 
 
 @dataclass
+class Bound:
+    """``max_growth`` as it is described, one weight at a time: at most twice the geometric mean of those applied.
+
+    Attributes:
+        means: None before a weight that is not 0.
+        windows: That the means have taken in.
+        at_it: Which weights were bounded by the last update.
+        limited: Updates in which it acted.
+    """
+
+    means: list[float | None] = field(default_factory=lambda: [None] * K)
+    windows: list[int] = field(default_factory=lambda: [0] * K)
+    at_it: list[bool] = field(default_factory=lambda: [False] * K)
+    limited: int = 0
+
+    def applied(self, answer: Any, before: Any, present: Any, norms: Any) -> list[float]:
+        """What stands of a method's ``answer``, where ``before`` was applied in the window."""
+        found, bounded = [], []
+        for k, (new, old) in enumerate(zip(answer.tolist(), before.tolist(), strict=True)):
+            highest = math.inf if self.means[k] is None else 2.0 * self.means[k]
+            heard = present[k] and (norms is None or norms[k] > 0)
+            if self.at_it[k] and not heard and abs(new) > abs(old):
+                found.append(old)  # at the bound, and nothing was heard of the task since
+            elif present[k] and abs(new) > highest:
+                found.append(math.copysign(highest, new))
+            else:
+                found.append(new)
+            bounded.append(found[-1] != new)
+        self.at_it, self.limited = bounded, self.limited + any(bounded)
+        for k, w in enumerate(map(abs, found)):
+            if w:
+                mean, rate = self.means[k], 1 / min(self.windows[k] + 5, 20)
+                self.means[k] = w if mean is None else mean ** (1 - rate) * max(w, mean / 16) ** rate
+                self.windows[k] += 1
+        return found
+
+
+@dataclass
 class Model:
     """What the weighter should be."""
 
@@ -154,6 +195,7 @@ class Model:
     due: bool = False
     counts: bool = False  # whether some micro-batch of this window was not frozen
     attached: bool = True
+    bound: Bound | None = None
 
     @property
     def unfrozen(self) -> bool:
@@ -236,9 +278,22 @@ class Model:
         found = weighter.statistics
         assert found is not None
         self._compare(found, losses, present, M, apart)
-        self.weights, self.state = self.method.update(self.state, found)
+        answer, self.state = self.method.update(self.state, found)
+        self.weights = answer if self.bound is None else self._limited(answer, found, weighter)
         self._see(step)
         return None
+
+    def _limited(self, answer: Any, found: Statistics, weighter: Weighter) -> NDArray[np.float64]:
+        """The weighter's own weights, once they are the bound's up to rounding, and where it does not act exactly."""
+        assert self.bound is not None
+        expected = self.bound.applied(answer, self.weights, found.present, found.norms)
+        weights = np.array(list(weighter.weights.values()))
+        for k in range(K):
+            if self.bound.at_it[k]:
+                assert weights[k] == pytest.approx(expected[k], rel=1e-12, abs=0)
+            else:
+                assert weights[k] == expected[k]
+        return weights
 
     def _compare(self, found: Statistics, losses: Tensor, present: Tensor, M: Tensor | None, apart: bool) -> None:
         """What the weighter saw of the window that was just closed."""
@@ -272,12 +327,13 @@ class Calls(RuleBasedStateMachine):
         self.accelerator = accelerator_for("plain", gradient_accumulation_steps=2) if accelerated else None
         self.options = {"lag": self.lag, "update_every": every, "update_after": after, "max_skipped_steps": LIMIT}
         self.weighter = self.new()
-        self.model = Model(self.method, self.lag, every, after, *self.method.init(TASKS))
+        bound = Bound() if self.method.grows and self.lag == 1 else None
+        self.model = Model(self.method, self.lag, every, after, *self.method.init(TASKS), bound=bound)
         self.pending: tuple[Tensor, MicroBatch] | None = None
 
     def new(self) -> Weighter:
         heads = dict(model().heads)
-        return Weighter(self.method, TASKS, accelerator=self.accelerator, heads=heads, max_growth=None, **self.options)
+        return Weighter(self.method, TASKS, accelerator=self.accelerator, heads=heads, **self.options)
 
     # ---- what the rules are made of --------------------------------------------------------------------------------
 
@@ -313,7 +369,7 @@ class Calls(RuleBasedStateMachine):
         self.model.forward()
         if request.fault is not None and request.fault[0] != "gradient":
             kind, task = request.fault
-            losses[task] = losses[task] * (torch.nan if kind == "loss" else -1.0)
+            losses[task] = losses[task] * FACTORS.get(kind, torch.nan)
         losses |= {task: losses[task] * torch.nan for task in request.zero}
         return {task: losses[task] for task in request.losses}
 
@@ -323,12 +379,13 @@ class Calls(RuleBasedStateMachine):
         self.model.due = self.sync
         self.model.counts |= self.model.unfrozen and not request.freeze
         there = torch.tensor([task in request.present for task in TASKS])
-        sign = torch.tensor([-1.0 if request.fault == ("negative", task) else 1.0 for task in TASKS]).double()
+        kind, at = request.fault or ("", "")
+        factor = torch.tensor([FACTORS.get(kind, 1.0) if task == at else 1.0 for task in TASKS]).double()
         block = MicroBatch(
             {task: losses[task].item() for task in request.present},
             request.items if request.counted else None,
-            (gram(request.batch) if parts is None else parts) * torch.outer(sign, sign) * torch.outer(there, there),
-            request.fault is not None and request.fault[0] != "negative" and request.fault[1] in request.present,
+            (gram(request.batch) if parts is None else parts) * torch.outer(factor, factor) * torch.outer(there, there),
+            bool(kind) and kind not in FACTORS and at in request.present,
             not request.freeze and self.model.measuring,
             self.model.attached,
             self.model.window,
@@ -364,7 +421,7 @@ class Calls(RuleBasedStateMachine):
         if evaluated:
             self.evaluate(0)
         self.backward(request, losses)
-        if self.model.attached and (request.fault is None or request.fault[0] == "negative"):
+        if self.model.attached and (request.fault is None or request.fault[0] in FACTORS):
             assert all(p.grad is None or p.grad.isfinite().all() for p in model().parameters())
 
     @rule(request=requests(), sync=st.booleans())
@@ -540,14 +597,17 @@ class Calls(RuleBasedStateMachine):
         mean = expected.sum / expected.unfrozen_steps if expected.unfrozen_steps else weights
         assert list(weighter.average_weights.values()) == mean.tolist()
         assert [step for step, _ in weighter.history] == expected.history
-        assert weighter.log_values()["weighting/skipped_steps"] == expected.skipped
+        logged = weighter.log_values()
+        assert logged["weighting/skipped_steps"] == expected.skipped
+        limited = None if expected.bound is None else expected.bound.limited
+        assert logged.get("weighting/limited_steps") == limited
         assert type(self.method).__name__ in weighter.describe()
 
     @invariant()
     def nothing_is_out_of_bounds(self) -> None:
         weights = torch.tensor(list(self.weighter.weights.values()), dtype=torch.float64)
         assert weights.isfinite().all()
-        assert (weights > 0).all() if self.method.acts_on == "losses" else (weights >= 0).all()
+        assert (weights > 0).all() or self.method.acts_on == "shared"
         if self.method.keeps_sum:
             assert weights.sum().item() == pytest.approx(self.method.init(TASKS)[0].sum().item(), rel=1e-12)
         assert all(value.double().isfinite().all() for value in self.saved()["state"].values())
@@ -584,4 +644,19 @@ def machine(method: Method, lag: int = 1) -> Any:
 TestGradNorm = machine(GradNorm())
 TestCoV = machine(CoVWeighting())
 TestRotoGrad = machine(RotoGrad())
+TestConFIG = machine(ConFIG())
 TestMGDAAtLagZero = machine(MGDA(), lag=0)
+
+
+def test_the_bound_acts_in_these_calls() -> None:
+    """Else the machines would not see it: a task is faint, silent, absent and back, and so is the saved state."""
+    calls = type("Scripted", (Calls,), {"method": ConFIG()})()
+    calls.build(accelerated=False, every=1, after=0)
+    faint, silent = Request(1, fault=("faint", "b")), Request(2, fault=("silent", "b"))
+    for request in (*map(Request, (0, 1, 2)), faint, faint, silent, Request(0, zero=frozenset("b")), Request(1), faint):
+        calls.backward_of_a_micro_batch(request, sync=True, evaluated=False)
+        calls.is_as_the_model_says()
+        calls.save_and_load(strict=True, twice=False)
+        calls.is_as_the_model_says()
+    assert calls.model.bound.at_it == [False, True, False] and calls.model.bound.limited == 5
+    calls.teardown()
