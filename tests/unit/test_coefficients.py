@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from accel_weighting import MGDA, CoVWeighting, EqualWeighting, GradNorm, StaticWeighting, Weighter
+from accel_weighting.branch import Branch
+from accel_weighting.coefficients import _Carried
 from tests.methods.catalogue import CATALOGUE
 from tests.ranks import accelerator_for, forget_accelerators
 from tests.small import EXACT, TASKS, assert_close, batch, fake_accelerator, losses_of, net
@@ -611,6 +613,32 @@ def test_what_is_needed_before_the_backward_is_refused() -> None:
         Weighter(COV, TASKS, lag=0).coefficients()
     with pytest.raises(ValueError, match=r"`max_losses = \{'seg': 1\.0\}` scales a loss down before the backward"):
         Weighter(COV, TASKS, max_losses={"seg": 1.0}).coefficients()
+
+
+# ---- negative controls: what these comparisons would notice ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("broken", ["the factor is not read", "the weight is not in the norms' factors"])
+def test_a_wrong_factor_would_be_noticed(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if broken.startswith("the factor"):
+        begins = _Carried._begins
+        monkeypatch.setattr(_Carried, "_begins", lambda self, factor: begins(self, torch.ones_like(factor)))
+    else:
+        watch = Branch.watch
+        ones = {"weights": torch.ones(2, dtype=torch.float64)}
+        monkeypatch.setattr(Branch, "watch", lambda self, total, block, weights: watch(self, total, block, **ones))
+    loop = Loop(COV)
+    for part in range(2):
+        losses = loop.losses(0, part, 2)
+        (carried(loop.weighter, losses, last=part == 1) / 2).backward()
+    loop.weighter.step()
+    monkeypatch.undo()
+    one = Loop(COV)
+    one.weighter.backward(one.losses(0))
+    mine, theirs = loop.weighter.statistics, one.weighter.statistics
+    wrong = [mine.losses] if broken.startswith("the factor") else [mine.norms]
+    right = [theirs.losses] if broken.startswith("the factor") else [theirs.norms]
+    np.testing.assert_allclose(wrong[0], right[0] / 2, rtol=1e-12)  # CoV begins with weights of 1/2
 
 
 # ---- what is left behind ---------------------------------------------------------------------------------------------
