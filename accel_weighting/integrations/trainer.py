@@ -89,6 +89,8 @@ class WeightingMixin(WeighterMixin):
         _check_trainer(self, "process_group" in (weighter_options or {}))
         # The model gives means; it is not to divide by the items of the window, of which it knows one count for all.
         self.model_accepts_loss_kwargs = False
+        if "loss/" in (self.args.metric_for_best_model or ""):
+            self.args.greater_is_better = False  # which the Trainer knows of names that end in "loss"
 
     # ---- what users may override ---------------------------------------------------------------------------------
 

@@ -81,11 +81,17 @@ def collate(batch):
     return {"input_ids": ids, "labels_tag": labels, "kind_labels": torch.tensor([row["kind"] for row in batch])}
 
 
-def trainer_of(cls, model, data, folder, batch, accumulation, arguments=None, **options):
+def nothing():
+    """What there is to do where nothing is to be done."""
+
+
+def trainer_of(cls, model, data, folder, batch, accumulation, arguments=None, first=nothing, then=nothing, **options):
+    """`first` is called before the arguments are made, and `then` before the Trainer is."""
     from accelerate.state import AcceleratorState
     from transformers import TrainingArguments
 
     AcceleratorState._reset_state(reset_partial_state=True)
+    first()
 
     class InOrder(cls):
         def _get_train_sampler(self, *args):
@@ -111,6 +117,7 @@ def trainer_of(cls, model, data, folder, batch, accumulation, arguments=None, **
             **(arguments or {}),
         },
     )
+    then()
     options = {"eval_dataset": data[:13], "data_collator": collate, **options}
     return InOrder(model=model, args=args, train_dataset=data, **options)
 

@@ -131,11 +131,12 @@ def best(folder, method, **more):
     trainer.compute_metrics = None
     found = [logged[1], losses_of(trainer.evaluate())]
     trainer.save_model(str(Path(folder) / "handed_out"))
-    alone = make_trainer(folder, method, model=load(Path(folder) / "handed_out"))
+    alone = make_trainer(folder, method, model=load(Path(folder) / "handed_out", trainer))
     return *found, losses_of(alone.evaluate())[1:], trainer.weighter.state_dict()["step"], logged[-1]
 
 
-def load(folder):
+def load(folder, trainer):
+    trainer.accelerator.wait_for_everyone()  # the main process writes
     return type(make_model()).from_pretrained(str(folder))
 
 
@@ -153,9 +154,10 @@ def resumed(folder, method):
     """In one go; stopped at half and gone on with; and from a model that was loaded by itself."""
     whole = make_trainer(folder / "whole", method, save_strategy="steps", save_steps=4)
     whole.train()
+    whole.accelerator.wait_for_everyone()
     again = make_trainer(folder / "again", method)
     again.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-4"))
-    alone = make_trainer(folder / "alone", method, model=load(folder / "whole" / "checkpoint-8"))
+    alone = make_trainer(folder / "alone", method, model=load(folder / "whole" / "checkpoint-8", whole))
     return {
         "parameters": [parameters(t.model) for t in (whole, again)],
         "weights": [list(t.weighter.weights.values()) for t in (whole, again)],
@@ -168,8 +170,9 @@ def resumed(folder, method):
 def only_the_model(folder):
     trainer = make_trainer(folder, save_strategy="steps", save_steps=8, save_only_model=True)
     trainer.train()
+    trainer.accelerator.wait_for_everyone()
     files = sorted(path.name for path in (Path(folder) / "checkpoint-8").iterdir())
-    alone = make_trainer(folder, model=load(Path(folder) / "checkpoint-8"))
+    alone = make_trainer(folder, model=load(Path(folder) / "checkpoint-8", trainer))
     before = turned(trainer.weighter)
     return files, losses_of(trainer.evaluate())[1:], losses_of(alone.evaluate())[1:], before
 
