@@ -2,9 +2,10 @@ r"""The encoder of `finetune_text.py`, with several heads on the same texts, fin
 
     accelerate launch --config_file launch_configs/cpu_2.yaml examples/finetune_trainer.py --cpu
 
-`WeightedTrainer` is the Trainer with a weighting method. The model returns one loss per task in `losses`, and in
-`num_items` the number of items over which each loss is a mean. The Trainer uses the weighted sum as its loss. Its logs
-contain the weights, losses and gradient norms of every task, and its checkpoints contain the weighter.
+`WeightedTrainer` is the Trainer with a weighting method. The model returns one loss per task in `losses`. The collator
+puts into `num_items` how many texts or words of a task are in a micro-batch, by which it counts in the optimizer step.
+The Trainer uses the weighted sum as its loss. Its logs contain the weights, losses and gradient norms of every task,
+its evaluations the mean loss of every task, and its checkpoints the weighter.
 
 With your own encoder and data, from the hub or from local folders:
 

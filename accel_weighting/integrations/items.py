@@ -23,7 +23,7 @@ Gather = Callable[[Sequence[float]], list[float]]
 
 
 def count_labels(inputs: Mapping[str, Any], tasks: Sequence[str], shifted: bool) -> dict[str, int]:
-    """Items by task: what the collator counted, or else labels that are not -100. See ``WeightingMixin.count_items``.
+    """Items by task: what the collator counted, or else labels that are neither -100 nor NaN. See ``WeightingMixin.count_items``.
 
     Args:
         inputs: A batch.
@@ -39,8 +39,13 @@ def count_labels(inputs: Mapping[str, Any], tasks: Sequence[str], shifted: bool)
     labels = {task: label for task in tasks if (label := _labels_of(task, inputs, shifted)) is not None}
     if not labels:
         return {}
-    counts = torch.stack([label.ne(IGNORED).sum() for label in labels.values()]).tolist()  # waits once
+    counts = torch.stack([_is_item(label).sum() for label in labels.values()]).tolist()  # waits once
     return dict(zip(labels, counts, strict=True))
+
+
+def _is_item(label: Tensor) -> Tensor:
+    found = label.ne(IGNORED)
+    return found & ~label.isnan() if label.is_floating_point() else found
 
 
 def _labels_of(task: str, inputs: Mapping[str, Any], shifted: bool) -> Tensor | None:

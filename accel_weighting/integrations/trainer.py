@@ -37,8 +37,8 @@ class WeightingMixin(WeighterMixin):
 
     **Micro-batches count by their items.** A task's loss in an optimizer step is the mean over its items in all
     micro-batches of all processes, as in the Trainer, and not the mean of their means: with ``EqualWeighting()`` and
-    one task, this is the Trainer's training. Items are the labels that are not -100, or what ``count_items`` says. A
-    task whose items cannot be counted has equal micro-batches; a warning says so where that matters.
+    one task, this is the Trainer's training. Items are the labels that are not -100 (nor NaN), or what ``count_items``
+    says. A task whose items cannot be counted has equal micro-batches; a warning says so where that matters.
 
     **Evaluation** records nothing. ``eval_loss/topic`` is the mean over all items of the evaluation set, exact on any
     number of processes; choose checkpoints by it, with ``metric_for_best_model="eval_loss/topic"``. ``eval_loss`` is
@@ -114,7 +114,7 @@ class WeightingMixin(WeighterMixin):
         """How many items each loss is the mean of in this micro-batch, asked for before its forward.
 
         By default ``inputs["num_items"]`` if the collator has put it there, which costs nothing on a GPU. Else the
-        labels that are not -100: those of a task are in ``labels_topic``, ``topic_labels``, ``topic`` or
+        labels that are neither -100 nor NaN: those of a task are in ``labels_topic``, ``topic_labels``, ``topic`` or
         ``labels["topic"]``; ``labels`` are those of every task that has none of its own. Where the model shifts them,
         as causal language models do, the first of every row does not count.
 
