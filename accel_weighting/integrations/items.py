@@ -23,7 +23,9 @@ Gather = Callable[[Sequence[float]], list[float]]
 
 
 def count_labels(inputs: Mapping[str, Any], tasks: Sequence[str], shifted: bool) -> dict[str, int]:
-    """Items by task: what the collator counted, or else labels that are neither -100 nor NaN. See ``WeightingMixin.count_items``.
+    """Items by task: what the collator counted, or else labels that are neither -100 nor NaN.
+
+    See ``WeightingMixin.count_items``.
 
     Args:
         inputs: A batch.

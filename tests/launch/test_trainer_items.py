@@ -366,7 +366,7 @@ def uncounted(folder):
 
 
 def test_items_that_cannot_be_counted_are_said(tmp_path):
-    ((ends, said),) = run_ranks(uncounted, 1, tmp_path, tmp_path)
+    ((ends, said),) = run_ranks(uncounted, 1, tmp_path, tmp_path, timeout=400)
     equal, asked_for, counted, whole = ends
     assert torch.equal(equal, asked_for)
     assert_close(counted, whole)
@@ -479,7 +479,7 @@ def overridden(folder):
 
 
 def test_compute_loss_is_wrapped_and_an_override_by_mistake_is_named(tmp_path):
-    ((ends, wrapped, within, words),) = run_ranks(overridden, 1, tmp_path, tmp_path)
+    ((ends, wrapped, within, words),) = run_ranks(overridden, 1, tmp_path, tmp_path, timeout=400)
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
     assert len(wrapped) == 6 and wrapped == within
     by_mistake, of_old, on_the_object, not_wrapped, twice = words

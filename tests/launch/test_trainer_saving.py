@@ -341,7 +341,7 @@ def searched(folder):
 
 
 def test_an_attempt_that_ran_out_of_memory_leaves_no_trace(tmp_path):
-    (seen,) = run_ranks(retried, 1, tmp_path, tmp_path)
+    (seen,) = run_ranks(retried, 1, tmp_path, tmp_path, timeout=400)
     for step, global_step, same in seen.values():
         assert step == global_step == 8 and same
 
