@@ -91,7 +91,7 @@ def single_folds() -> list[dict[str, Any]]:
 
 
 def test_folds_on_one_accelerator_are_trainings_of_their_own(tmp_path: Path) -> None:
-    alone = run_ranks(single_folds, 1, tmp_path)[0]
+    alone = run_ranks(single_folds, 1, tmp_path, timeout=120)[0]
     for ranks in run_ranks(folds, 2, tmp_path, 2, timeout=120):
         assert ranks["alive"] == 0 and ranks["registered"] == 0
         assert len(set(ranks["used"][1:])) == 1, ranks["used"]
@@ -164,11 +164,11 @@ def fresh(folder: Path | None, size: int) -> list[float]:
 def test_a_run_whose_batch_size_was_found_is_the_run_at_that_size(keeps: bool, tmp_path: Path) -> None:
     """And its checkpoint loads in fresh processes, which build one weighter."""
     folder = tmp_path / "checkpoint"
-    ranks = run_ranks(found_size, 2, tmp_path, folder, keeps)
+    ranks = run_ranks(found_size, 2, tmp_path, folder, keeps, timeout=120)
     size = ranks[0]["tried"][-1]
     for found in ranks:
         assert len(found["tried"]) > 1 and found["registered"] == 1
         assert found["replaced"] == len(found["tried"]) - 1  # the model is the same one, and its hooks hold a weighter
-    whole, resumed = run_ranks(fresh, 2, tmp_path, None, size), run_ranks(fresh, 2, tmp_path, folder, size)
+    whole, resumed = (run_ranks(fresh, 2, tmp_path, start, size, timeout=120) for start in (None, folder))
     assert ranks[0]["weights"] == ranks[1]["weights"] == whole[0] == resumed[0] == resumed[1]
     assert len(set(whole[0])) == len(NAMES)
