@@ -29,16 +29,25 @@ class Counter:
         self.value = state["value"]
 
 
-def fifty_weighters() -> list[tuple[int, int]]:
-    """Descriptors and threads after every ten."""
+def fifty_weighters(wrap: bool) -> list[tuple[int, int, int, float]]:
+    """Descriptors, threads, weighters and memory in MiB after every ten; DDP wraps the model, or does not."""
+    gc.collect()
+    gc.freeze()  # what is imported is not looked through again fifty times
     seen = []
     for n in range(50):
-        setup = build(wrap=False)
-        setup.weighter.backward(setup.losses(n % 4))
+        setup = build(wrap=wrap)
+        for step in range(4):
+            setup.weighter.backward(setup.losses(step))
+            setup.optimizer.step()
+            setup.optimizer.zero_grad()
+        setup.accelerator.free_memory()
         del setup
-        gc.collect()
         if n % 10 == 9:
-            seen.append((len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
+            gc.collect()
+            weighters = sum(type(thing) is Weighter for thing in gc.get_objects())
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            memory = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+            seen.append((len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), weighters, memory))
     return seen
 
 
@@ -55,8 +64,11 @@ def freed() -> list[bool]:
     return alive
 
 
-def saved(folder: Path) -> Any:
-    """Between two other objects; the third weighter on these heads is the one that is saved."""
+def saved(folder: Path, detached: bool) -> Any:
+    """Between two other objects; the third weighter on these heads is the one that is saved.
+
+    `detached`: the older ones were detached before; else the new one takes the place of the one that is there.
+    """
     setup = build()
     first, last = Counter(), Counter()
     first.value, last.value = 3, 7
@@ -64,7 +76,8 @@ def saved(folder: Path) -> Any:
     setup.accelerator.register_for_checkpointing(first)
     older = Weighter(GRADNORM, NAMES, accelerator=setup.accelerator, heads=dict(setup.inner.heads))
     setup.accelerator.register_for_checkpointing(last)
-    older.detach()
+    if detached:
+        older.detach()
     setup.weighter = Weighter(GRADNORM, NAMES, accelerator=setup.accelerator, heads=dict(setup.inner.heads))
     for step in range(3):
         setup.step(step)
@@ -72,12 +85,17 @@ def saved(folder: Path) -> Any:
     return setup.weighter.weights
 
 
-def loaded(folder: Path) -> Any:
+def loaded(folder: Path, detached: bool) -> Any:
+    """A process that builds one weighter, where that of the other was saved: last of all, or between the others."""
     setup = build()
     setup.weighter.detach()
     first, last = Counter(), Counter()
-    setup.accelerator.register_for_checkpointing(first, last)
+    setup.accelerator.register_for_checkpointing(first)
+    if detached:
+        setup.accelerator.register_for_checkpointing(last)
     setup.weighter = Weighter(GRADNORM, NAMES, accelerator=setup.accelerator, heads=dict(setup.inner.heads))
+    if not detached:
+        setup.accelerator.register_for_checkpointing(last)
     setup.accelerator.load_state(str(folder))
     return setup.weighter.weights, first.value, last.value
 
@@ -118,9 +136,11 @@ def test_our_process_group_ends_with_the_others(engine: str, wrap: bool, tmp_pat
         assert "process groups were destroyed" in message
 
 
-def test_fifty_weighters_leave_no_descriptor_and_no_thread(tmp_path: Path) -> None:
-    for seen in run_ranks(fifty_weighters, 2, tmp_path, timeout=120):
-        assert len(set(seen[1:])) == 1, seen
+@pytest.mark.parametrize("wrap", [False, True], ids=["no engine", "DDP"])
+def test_fifty_weighters_leave_no_descriptor_no_thread_and_no_memory(wrap: bool, tmp_path: Path) -> None:
+    for seen in run_ranks(fifty_weighters, 2, tmp_path, wrap, timeout=240):
+        assert len({one[:3] for one in seen[1:]}) == 1, seen
+        assert seen[-1][2] == 0 and seen[-1][3] - seen[1][3] < 3, seen
 
 
 def test_neither_the_model_nor_the_accelerator_is_kept_alive(tmp_path: Path) -> None:
@@ -128,8 +148,9 @@ def test_neither_the_model_nor_the_accelerator_is_kept_alive(tmp_path: Path) -> 
         assert alive == [False, False]
 
 
-def test_a_checkpoint_between_other_objects_loads_in_fresh_processes(tmp_path: Path) -> None:
-    weights = run_ranks(saved, 2, tmp_path, tmp_path / "checkpoint")
+@pytest.mark.parametrize("detached", [True, False], ids=["detached", "replaced"])
+def test_a_checkpoint_between_other_objects_loads_in_fresh_processes(detached: bool, tmp_path: Path) -> None:
+    weights = run_ranks(saved, 2, tmp_path, tmp_path / "checkpoint", detached)
     assert weights[0] == weights[1] and len(set(weights[0].values())) > 1
-    for found, first, last in run_ranks(loaded, 2, tmp_path, tmp_path / "checkpoint"):
+    for found, first, last in run_ranks(loaded, 2, tmp_path, tmp_path / "checkpoint", detached):
         assert (found, first, last) == (weights[0], 3, 7)
