@@ -1,20 +1,49 @@
 """What `python -m pytest` runs, and what only `python -m pytest -m full` does: README.md in this folder says it in words.
 
-Two rules mark a test `full`: it is slow and stands in `FULL`, or has the mark already; or it is one more combination of
-parameters whose every value occurs in a case before it.
+A test with the mark `full` is not in the short run. The mark is set by hand, or here by one of two rules: the test is slow
+and stands in `CASES`, or each of its parameters had the same value in an earlier case of the same test.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from math import inf
 from pathlib import Path
 
 import pytest
 
 TESTS = Path(__file__).parent
 
-FULL: dict[str, str] = {}
-"""Files and tests that are too slow for the short run, and what stands for them there."""
+CASES: dict[str, int] = {
+    "distributed/test_all_methods.py": 0,
+    "distributed/test_engines.py::test_all_pairs_of_choices_follow_one_process": 0,
+    "distributed/test_engines.py::test_a_cell_that_takes_its_launch_down_hides_no_other": 0,
+    "distributed/test_engines.py::test_what_is_not_in_the_matrix_fails_without_a_weighter_too": 0,
+    "distributed/test_healing.py": 0,
+    "distributed/test_lifetime.py": 0,
+    "distributed/test_soak.py": 0,
+    "launch/test_compare.py": 0,
+    "launch/test_examples.py": 0,
+    "launch/test_killed.py": 0,
+    "launch/test_launch_configs.py::test_hybrid_sharding_on_four_processes": 0,
+    "launch/test_launch_configs.py::test_on_one_machine": 1,
+    "launch/test_launch_configs.py::test_on_two_machines": 0,
+    "launch/test_launch_configs.py::test_the_slurm_script_starts_one_launcher_per_node": 0,
+    "launch/test_leaving.py": 0,
+    "launch/test_multi_digits.py::test_a_batch_that_cannot_be_cut_evenly_is_refused": 0,
+    "launch/test_multi_digits.py::test_killed_inside_a_checkpoint_a_run_resumes_to_the_uninterrupted_end": 0,
+    "launch/test_multi_digits.py::test_processes_that_do_not_know_of_each_other_stop_at_once": 0,
+    "launch/test_multi_digits.py::test_two_processes_and_two_micro_batches_give_the_weights_of_one_process": 0,
+    "launch/test_multi_digits.py::test_under_deepspeed_they_do_too": 0,
+    "launch/test_notebook.py": 0,
+    "launch/test_package.py": 0,
+    "launch/test_papers.py": 0,
+    "launch/test_selfcheck.py": 0,
+    "launch/test_two_nodes.py": 0,
+    "unit/test_growth.py::test_a_silent_task_does_not_make_the_trunk_leap_when_it_is_back": 4,
+    "unit/test_price.py": 0,
+}
+"""Slow files and tests, and how many cases of each the short run takes: the first ones."""
 
 EVERY_CASE = ("distributed/test_negative_controls.py",)
 """Files of which the short run takes every case."""
@@ -41,9 +70,12 @@ def adds_nothing(item: pytest.Item, seen: dict[str, set[tuple[int, str]]]) -> bo
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     seen: dict[str, set[tuple[int, str]]] = defaultdict(set)
+    taken: Counter[str] = Counter()
     for item in items:
         file, test = name_of(item)
         if item.get_closest_marker("full"):
             continue
-        if file in FULL or test in FULL or (adds_nothing(item, seen) and file not in EVERY_CASE):
+        if (adds_nothing(item, seen) and file not in EVERY_CASE) or taken[test] >= CASES.get(test, CASES.get(file, inf)):
             item.add_marker(pytest.mark.full)
+        else:
+            taken[test] += 1

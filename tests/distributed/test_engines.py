@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +43,7 @@ GRADNORM = GradNorm(alpha=1.0, lr=0.01)
 
 PAIRWISE = engines.pairwise(ROWS)
 FAMILIES = ("ddp", "fsdp1", "fsdp2", "hsdp", "zero")
+ONE_CELL = {"method": "GradNorm", "precision": "float64", "micro": 3, "checkpoint": "", "compile": False}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,25 @@ def test_all_pairs_of_choices_follow_one_process(family: str, ones: dict[str, Ru
     results = list(engines.run(part, ones, str(tmp_path)))
     wrong = [f"{result.row}, {result.choice}: {result.wrong}" for result in results if result.wrong]
     assert not wrong, "\n".join(wrong)
+
+
+def test_one_choice_of_every_row_follows_one_process(tmp_path) -> None:
+    """The methods and precisions take turns; all pairs of choices are in the full run."""
+    part = []
+    for i, row in enumerate(ROWS):
+        turns = itertools.product(rotated(engines.METHODS, i), rotated(engines.PRECISIONS, i), (3, 1))
+        found = ({**ONE_CELL, "method": method, "precision": kind, "micro": micro} for method, kind, micro in turns)
+        part.append((row, next(choice for choice in found if engines.impossible(row, choice) is None)))
+    assert {choice["method"] for _, choice in part} == set(engines.METHODS)
+    assert {choice["precision"] for _, choice in part} == set(engines.PRECISIONS)
+    results = list(engines.run(part, references((reference(choice) for _, choice in part), str(tmp_path)), str(tmp_path)))
+    assert {result.row for result in results} == {row.name for row in ROWS}
+    assert not [f"{result.row}, {result.choice}: {result.wrong}" for result in results if result.wrong]
+
+
+def rotated(names: Iterable[str], by: int) -> list[str]:
+    names = list(names)
+    return names[by % len(names) :] + names[: by % len(names)]
 
 
 def test_every_row_is_in_a_family_and_every_choice_in_the_part() -> None:
@@ -85,8 +106,6 @@ def test_what_is_not_in_the_matrix_fails_without_a_weighter_too(tmp_path) -> Non
 
 
 # ---- the matrix sees what is wrong -------------------------------------------------------------------------------
-
-ONE_CELL = {"method": "GradNorm", "precision": "float64", "micro": 3, "checkpoint": "", "compile": False}
 
 
 @pytest.mark.parametrize("sabotage", engines.SABOTAGES)
