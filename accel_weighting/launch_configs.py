@@ -1,8 +1,7 @@
 """Launch configurations for ``accelerate launch``, written from the installed package.
 
-    python -m accel_weighting.launch_configs                  # lists them
-    python -m accel_weighting.launch_configs fsdp2            # writes launch_configs/fsdp2.yaml
-    accelerate launch --config_file launch_configs/fsdp2.yaml train.py
+``python -m accel_weighting.launch_configs`` lists them, and ``python -m accel_weighting.launch_configs fsdp2`` writes
+``launch_configs/fsdp2.yaml``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What `python -m pytest` runs, and what only `python -m pytest -m full` does: README.md in this folder says it in words.
+"""What `python -m pytest` runs, and what only `python -m pytest -m full` does; README.md says it in words.
 
-A test with the mark `full` is not in the short run. The mark is set by hand, or here by one of two rules: the test is slow
-and stands in `CASES`, or each of its parameters had the same value in an earlier case of the same test.
+A test with the mark `full` is not in the short run. The mark is set by hand, or here by one of two rules: the test is
+slow and stands in `CASES`, or each of its parameters had the same value in an earlier case of the same test.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         file, test = name_of(item)
         if item.get_closest_marker("full"):
             continue
-        if (adds_nothing(item, seen) and file not in EVERY_CASE) or taken[test] >= CASES.get(test, CASES.get(file, inf)):
+        covered = adds_nothing(item, seen) and file not in EVERY_CASE
+        if covered or taken[test] >= CASES.get(test, CASES.get(file, inf)):
             item.add_marker(pytest.mark.full)
         else:
             taken[test] += 1

@@ -70,7 +70,8 @@ def test_one_choice_of_every_row_follows_one_process(tmp_path) -> None:
         part.append((row, next(choice for choice in found if engines.impossible(row, choice) is None)))
     assert {choice["method"] for _, choice in part} == set(engines.METHODS)
     assert {choice["precision"] for _, choice in part} == set(engines.PRECISIONS)
-    results = list(engines.run(part, references((reference(choice) for _, choice in part), str(tmp_path)), str(tmp_path)))
+    wholes = references((reference(choice) for _, choice in part), str(tmp_path))
+    results = list(engines.run(part, wholes, str(tmp_path)))
     assert {result.row for result in results} == {row.name for row in ROWS}
     assert not [f"{result.row}, {result.choice}: {result.wrong}" for result in results if result.wrong]
 

@@ -87,7 +87,8 @@ def new_environment(folder: Path, *install: object) -> Path:
     python = folder / "bin" / "python"
     run(python, "-m", "pip", "install", "--no-deps", *install)
     (site,) = folder.glob("lib/python*/site-packages")
-    (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"])  # after its own; `.pth` files there are not read
+    # After its own packages; `.pth` files in that folder are not read.
+    (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"])
     return python
 
 
