@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,10 @@ REPRESENTATIVES = (
 )
 
 
+def conftest(request: pytest.FixtureRequest) -> Any:
+    return request.config.pluginmanager.get_plugin(str(TESTS / "conftest.py"))
+
+
 def collected(marked: str) -> list[str]:
     """The tests that pytest would run, each with its parameters."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", marked]
@@ -40,20 +45,22 @@ def collected(marked: str) -> list[str]:
 @pytest.fixture(scope="module")
 def short_and_rest(request: pytest.FixtureRequest) -> tuple[list[str], list[str]]:
     """Both parts: as this very run knows them where it began with all tests, which saves collecting them again."""
-    known = request.config.stash.get(request.config.pluginmanager.get_plugin(str(TESTS / "conftest.py")).PARTS, None)
+    known = request.config.stash.get(conftest(request).PARTS, None)
     if known and request.config.args_source is request.config.ArgsSource.TESTPATHS:
         return known
     return collected("not full"), collected("full")
 
 
-def test_it_has_many_tests_of_every_family(short_and_rest) -> None:
+def test_it_has_many_tests_of_every_family(short_and_rest, request: pytest.FixtureRequest) -> None:
     short, _ = short_and_rest
     assert len(short) >= FEWEST
     families = Counter("/".join(name.split("/")[:2]) if name.startswith("tests/") else "docstrings" for name in short)
     assert families.keys() >= {"tests/methods", "tests/unit", "tests/distributed", "tests/launch", "docstrings"}
     files = {name.partition("::")[0] for name in short}
-    for folder in ("methods", "unit"):
-        missing = {f"tests/{folder}/{path.name}" for path in (TESTS / folder).glob("test_*.py")} - files
+    cases = conftest(request).CASES
+    for folder in ("methods", "unit", "distributed"):
+        there = {f"{folder}/{path.name}" for path in (TESTS / folder).glob("test_*.py")}
+        missing = {name for name in there if f"tests/{name}" not in files and cases.get(name) != 0}
         assert not missing, f"nothing of {missing} is in the short run"
 
 
@@ -68,11 +75,20 @@ def test_it_has_every_engine_the_main_job_and_every_negative_control(short_and_r
 
 
 def test_the_readme_lists_what_is_in_the_rest(short_and_rest, request: pytest.FixtureRequest) -> None:
-    """The table of slow tests is that of conftest.py, each row is a test that exists, and says what stands for it."""
-    cases = request.config.pluginmanager.get_plugin(str(TESTS / "conftest.py")).CASES
+    """Its two tables have the files and launches of conftest.py, all of which exist."""
     text = (TESTS / "README.md").read_text().split("## The short run and the rest")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `(.+?)` \| (\d+) \| (.+?) \|$", text, re.M)
-    assert {name: int(number) for name, number, _ in rows} == cases
-    everything = [test.removeprefix("tests/") for part in short_and_rest for test in part]
-    for name in cases:
-        assert any(re.match(rf"{re.escape(name)}(::|\[|$)", test) for test in everything), f"{name} is no test"
+    assert re.findall(r"^\| `([^`]+\.py)` \|", text, re.M) == list(conftest(request).CASES)
+    launches = re.findall(r"^- `(launch/.+?)`", text, re.M)
+    assert launches == list(conftest(request).LAUNCHES)
+    tests = {test.removeprefix("tests/").partition("[")[0] for part in short_and_rest for test in part}
+    wanted = [f"{file}::{test}" for file, of in conftest(request).CASES.items() if isinstance(of, dict) for test in of]
+    assert set(wanted + launches) <= tests
+    files = {test.partition("::")[0] for test in tests}
+    assert conftest(request).CASES.keys() <= files
+
+
+def test_launches_of_the_short_run_are_there(short_and_rest, request: pytest.FixtureRequest) -> None:
+    short, _ = short_and_rest
+    launched = [test for test in short if test.startswith("tests/launch/")]
+    assert {test.removeprefix("tests/").partition("[")[0] for test in launched} == set(conftest(request).LAUNCHES)
+    assert len(launched) == len(conftest(request).LAUNCHES)
