@@ -1,8 +1,8 @@
 """What `python -m pytest` runs, and what only `python -m pytest -m full` does; README.md says it in words.
 
 A test with the mark `full` is not in the short run. The mark is set by hand, or here by one of three rules: the test is
-slow and stands in `CASES`; it launches and does not stand in `LAUNCHES`; or each of its parameters had the same value in
-an earlier case of the same test.
+slow and stands in `CASES`; it launches and does not stand in `LAUNCHES`; or each of its parameters had the same value
+in an earlier case of the same test.
 """
 
 from __future__ import annotations
