@@ -44,7 +44,7 @@ CASES: dict[str, int | dict[str, int]] = {
     },
     "distributed/test_healing.py": 0,
     "distributed/test_invariance.py": {
-        "test_any_cut_of_the_same_batch_gives_the_same_trajectory": 7,
+        "test_any_cut_of_the_same_batch_gives_the_same_trajectory": 4,
     },
     "distributed/test_lag_zero.py": {
         "test_many_steps_many_times_end_alike": 0,
@@ -57,6 +57,7 @@ CASES: dict[str, int | dict[str, int]] = {
     },
     "methods/test_properties.py": {
         "test_a_state_with_its_rows_in_another_order_is_that_of_the_tasks_in_that_order": 20,
+        "test_row_12_an_update_keeps_what_it_promises": 42,
         "test_what_should_not_matter_does_not": 20,
     },
     "methods/test_rotograd.py": {
@@ -72,8 +73,9 @@ CASES: dict[str, int | dict[str, int]] = {
         "test_a_silent_task_does_not_make_the_trunk_leap_when_it_is_back": 4,
     },
     "unit/test_hooks_and_memory.py": {
-        "test_three_hundred_steps_leave_no_growing_graph": 2,
+        "test_three_hundred_steps_leave_no_growing_graph": 1,
     },
+    "unit/test_other_tasks.py": 20,
     "unit/test_price.py": {
         "test_a_further_micro_batch_takes_no_more_instructions_than_its_budget": 0,
         "test_a_step_takes_no_more_instructions_than_its_budget": 0,
