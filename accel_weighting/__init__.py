@@ -40,7 +40,7 @@ from .weighter import Weighter
 if TYPE_CHECKING:
     from .plot import plot_history
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "DBMTL",

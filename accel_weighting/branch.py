@@ -34,7 +34,7 @@ def _graph_task() -> int:
 
 
 MANY = 200
-"""Joins without any `combine` after which something is said: the losses go another way."""
+"""The number of forwards without a call of `combine` after which a warning says that the losses go another way."""
 
 
 def _exporting() -> bool:
@@ -48,7 +48,7 @@ def _in_transform() -> bool:
 
 
 WAITING = 1 << 20
-"""So many elements of gradients at z do not wait for each other where the method needs norms alone."""
+"""With this many elements of gradients at z, each gradient is measured alone where the method needs only norms."""
 
 
 def tap_above(method: Method, lag: int, at_layer: bool, cosines: bool | None) -> float:

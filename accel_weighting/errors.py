@@ -60,9 +60,9 @@ def window_not_closed() -> RuntimeError:
     """The last window was due, and another begins."""
     return RuntimeError(
         "The last window was due and was not closed: call `weighter.step()` after `accelerator.backward` "
-        "(`weighter.backward` does both), or `weighter.reset()` after an exception that every process caught. Or this, "
-        "or the last, `weighter.combine` belongs to an evaluation: that means gradients disabled, `with "
-        "torch.no_grad()`; `model.eval()` alone does not say so."
+        "(`weighter.backward` does both), or `weighter.reset()` after an exception that every process caught. If this "
+        "call of `weighter.combine` or the one before it belongs to an evaluation, disable gradients there, `with "
+        "torch.no_grad()`: `model.eval()` alone does not."
     )
 
 
@@ -110,14 +110,14 @@ def losses_that_missed_the_branch(
     elif unfed:
         words.append(
             f"The head of {', '.join(f'`{task}`' for task in unfed)} was called with a tensor that has no gradient, "
-            "such as `z.detach()`. A probe that is not to train the trunk is no task of the weighter: add its loss to "
-            "what `combine` returns, `weighter.combine(losses) + probe`."
+            "such as `z.detach()`. A probe that must not train the trunk is not a task: add its loss to what `combine` "
+            "returns, `weighter.combine(losses) + probe`."
         )
     else:
         words.append(
             "Branch inside the model's forward or name its head; what a prepared model returns is a copy under mixed "
             "precision. A loss that is computed beside the shared representation (a balance, commitment or other "
-            "regularising loss) is no task: add it as it is, `weighter.combine(losses) + extra`."
+            "regularising loss) is not a task: add it as it is, `weighter.combine(losses) + extra`."
         )
     return RuntimeError(" ".join(words))
 
@@ -201,9 +201,9 @@ def suspected_cross_talk(method: str, pairs: Sequence[tuple[str, str]], engine: 
     """The same, where it cannot be confirmed."""
     found = ", ".join(f"loss `{a}` reaches the alias of `{b}`" for a, b in pairs)
     return (
-        f"In autograd's graph {found}. If a gradient comes that way, {method} compares gradients that are not of one "
-        f"loss each; under {engine} that cannot be asked for. It is harmless where losses or logits were only stacked "
-        "in one tensor."
+        f"In autograd's graph {found}. If a gradient flows that way, {method} compares gradients that mix several "
+        f"losses; {engine} does not allow this library to check whether one does. It is harmless where losses or "
+        "logits were only stacked in one tensor."
     )
 
 
@@ -232,9 +232,9 @@ def different_depths(method: str, pairs: Sequence[tuple[str, str]]) -> str:
     """Heads that share different tensors."""
     found = ", ".join(f"`{a}` and `{b}`" for a, b in pairs)
     return (
-        f"{method} compares the gradients of {found} at tensors of different depths or shapes: their norms are not of "
-        "one quantity. Call `weighter.branch(z)` in the model's forward at the last tensor that all tasks share, and "
-        "derive every head's input from its own alias."
+        f"{method} compares the gradients of {found} at tensors of different depths or shapes, where their norms "
+        "are not comparable. Call `weighter.branch(z)` in the model's forward at the last tensor that all tasks share, "
+        "and derive every head's input from its own alias."
     )
 
 
@@ -391,10 +391,10 @@ def losses_in_half_precision(dtype: str) -> str:
 
 
 def left_waiting(step: int) -> RuntimeError:
-    """A collective that another process did not come to."""
+    """A collective that another process did not take part in."""
     return RuntimeError(
-        f"Another process did not come to optimizer step {step}: it ended, met an error of its own, or took another "
-        "step than this one. All processes must take the same steps: no `break`, no `weighter.step()` and no "
+        f"Another process did not reach optimizer step {step}: it exited, raised an error, or is at a different step. "
+        "All processes must take the same steps: no `break`, no `weighter.step()` and no "
         "`weighter.freeze()` on some of them alone, and no fewer batches there (`even_batches=False`, "
         "`join_uneven_inputs`). To stop early, let all of them ask `accelerator.check_trigger()`."
     )

@@ -13,13 +13,13 @@ from torch import Tensor, tensor
 from .statistics import Method, Statistics
 
 MEMORY = 20
-"""Windows over which the mean runs."""
+"""The number of windows that the running mean remembers."""
 
 HEAD_START = 5
-"""As so many windows the first one counts."""
+"""The first window counts as this many."""
 
 DEEPEST = math.log(16)
-"""In logarithms, how far below the mean a weight is at most taken for by the memory."""
+"""The memory takes a weight to be at most this far below the mean, in logarithms."""
 
 Vector = NDArray[np.float64]
 
@@ -98,21 +98,21 @@ class Growth:
     # ---- other processes ---------------------------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, NDArray[Any]]:
-        """All that the next bound follows from."""
+        """Everything that determines the next bound."""
         return {"log_mean": self._log_mean, "count": self._count, "limited": self._limited}
 
     def adopt(self, snapshot: Mapping[str, NDArray[Any]]) -> None:
-        """Takes over another process's."""
+        """Takes over the snapshot of another process."""
         self._log_mean, self._count, self._limited = (snapshot[n].copy() for n in ("log_mean", "count", "limited"))
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
     def digest(self) -> bytes:
-        """All that the next bound follows from."""
+        """The bytes of everything that determines the next bound."""
         return self._log_mean.tobytes() + self._count.tobytes() + self._limited.tobytes()
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain tensors."""
+        """The state as plain tensors, for a checkpoint."""
         rows = {"log_mean": self._log_mean, "count": self._count, "limited": self._limited}
         return {**{name: tensor(value) for name, value in rows.items()}, "limited_steps": self.limited_steps}
 

@@ -25,23 +25,23 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Hooked(Protocol):
-    """What a call of a head is handed to."""
+    """The branch, as the hooks on heads see it."""
 
     owner: Callable[[], Any]
     rotations: Any
 
     def before_head(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """The arguments with which head ``k`` is called in place of those."""
+        """Returns the arguments that head ``k`` is called with instead of these."""
 
     def after_head(self, k: int, output: Any) -> None:
-        """What it gave."""
+        """Notes the output of head ``k``."""
 
     def copied_head(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """The same for the head of a copied model, of which nothing else is wanted."""
+        """Like ``before_head`` for the head of a copied model, which is rotated and not measured."""
 
 
 class _Hook:
-    """What cannot be done with a hook of ours says so itself."""
+    """A hook that explains why its model cannot be scripted or pickled."""
 
     @property
     def __name__(self) -> str:
@@ -53,7 +53,7 @@ class _Hook:
 
 
 class _Before(_Hook):
-    """The forward pre-hook of head ``k``; that of a copied model (a teacher, an average) rotates and does no more."""
+    """The forward pre-hook of head ``k``. On a copied model (a teacher, an average) it only rotates."""
 
     def __init__(self, hooked: Hooked, k: int, copied: bool = False) -> None:
         self.hooked, self._k, self.copied = hooked, k, copied
@@ -104,7 +104,7 @@ def _leave_forward(head: nn.Module | None) -> None:
 
 
 class _Follow(_Hook):
-    """The forward pre-hook of the model; that of a copied model does nothing."""
+    """The forward pre-hook of the model. On a copied model it does nothing."""
 
     def __init__(self, follow: Callable[[], Any] | None) -> None:
         self._follow = follow
@@ -118,7 +118,7 @@ class _Follow(_Hook):
 
 
 class _After(_Hook):
-    """The forward hook of head ``k``; that of a copied model does nothing."""
+    """The forward hook of head ``k``. On a copied model it does nothing."""
 
     def __init__(self, hooked: Hooked, k: int, copied: bool = False) -> None:
         self._hooked, self._k, self._copied = hooked, k, copied

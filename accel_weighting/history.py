@@ -15,10 +15,11 @@ from torch import Tensor
 from .statistics import Statistics
 
 CAPACITY = 4096
-"""Entries of the history; past it every second one goes, and from then on every second step is kept."""
+"""The most entries that are kept. When they are reached, every second one is dropped, and from then on every second
+step is recorded."""
 
 PENDING = 64
-"""Steps that wait to be made into rows: most rows are never read, so they are made many at a time."""
+"""The most steps that wait to become rows. Most rows are never read, so they are made many at a time."""
 
 GROUPS = ("weight", "loss", "loss_cov", "grad_norm")
 
@@ -49,7 +50,7 @@ class History:
         return [f"{group}/{task}" for group in GROUPS for task in self.tasks] + pairs + ["weighting/skipped_steps"]
 
     def record(self, step: int, weights: Vector, statistics: Statistics | None, skipped: int) -> None:
-        """A step ended: its weights, what its window saw (None where held or not measured), steps held so far."""
+        """Records the end of a step: weights, statistics (None where held or not measured), and steps held so far."""
         if statistics is not None and statistics.moments is not None:  # large, and on the device
             statistics = replace(statistics, moments=None)
         self._pending.append((step, weights, statistics, skipped))
@@ -57,7 +58,7 @@ class History:
             self._settle()
 
     def _settle(self) -> None:
-        """Makes rows of the steps that wait."""
+        """Turns the waiting steps into rows."""
         for step, weights, statistics, skipped in self._pending:
             self._latest = row = np.concatenate([weights, self._seen(statistics), [skipped]])
             if step % self._stride == 0:
@@ -123,7 +124,7 @@ class History:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], tasks: Sequence[str]) -> None:
-        """The history of ``tasks``: what it knows of the tasks here."""
+        """Takes over the saved history of ``tasks`` for those tasks that are also here."""
         here = [_index(column, _columns(tasks)) for column in _columns(self.tasks)]
         rows, latest = (_select(state[name], here, np.nan) for name in ("rows", "latest"))
         moments = _select(state["loss_moments"], [_index(task, tasks) for task in self.tasks], 0.0)
@@ -133,13 +134,13 @@ class History:
 
 
 def _columns(tasks: Sequence[str]) -> list[tuple[str, frozenset[str]]]:
-    """What a row's values are of, in whatever order two tasks are named."""
+    """What each value of a row describes; the order in which a pair of tasks is named does not matter."""
     groups = [(group, frozenset([task])) for group in GROUPS for task in tasks]
     return [*groups, *(("cosine", frozenset(pair)) for pair in combinations(tasks, 2)), ("skipped", frozenset())]
 
 
 def _index(item: Any, known: Sequence[Any]) -> int:
-    """Where it is; -1 where it is not."""
+    """The index of an entry, or -1 where it is missing."""
     return known.index(item) if item in known else -1
 
 

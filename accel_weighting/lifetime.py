@@ -25,7 +25,7 @@ def weakly(thing: T | None) -> Callable[[], T | None]:
 
 
 class Checkpointed(Protocol):
-    """What has a state to save."""
+    """An object with a state to save."""
 
     def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
 
@@ -55,7 +55,7 @@ class Registration:
         weakref.finalize(weighter, self.remove).atexit = False
 
     def remove(self) -> int | None:
-        """Gives the place up; which one it was."""
+        """Gives the place up and returns its index."""
         accelerator, entry = self._accelerator(), self._entry
         objects = getattr(accelerator, "_custom_objects", [])
         place = next((i for i, registered in enumerate(objects) if registered is entry), None)

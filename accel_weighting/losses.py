@@ -197,7 +197,7 @@ class Several:
 
 
 class Bounds:
-    """Above which a loss is scaled down, and below which it cannot fall.
+    """The bounds of losses: above the upper one a loss is scaled down, and below the lower one it cannot fall.
 
     Args:
         tasks: Task names.

@@ -18,8 +18,8 @@ from torch.optim.optimizer import (
 )
 
 PATIENCE = 20
-"""Windows without an optimizer step and without left gradients after which it is not looked for any more, and optimizer
-steps with two windows each after which that is said."""
+"""The number of windows without an optimizer step and without gradients left after which optimizers are no longer
+watched, and the number of optimizer steps with two windows each after which a warning is given."""
 
 
 class _Steps:

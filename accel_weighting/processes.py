@@ -37,7 +37,8 @@ SUPPORTED = {
 """Accelerate's distributed types in which one backward passes the join exactly once."""
 
 FIRST = 1024
-"""Numbers in the very first reduction, whatever the weighter: processes built differently can then still tell."""
+"""The length of the very first reduction, the same for every weighter, so that processes that were built differently
+can still notice it."""
 
 BITS = 20
 """Bits of a signature piece: sums of squares over 4,096 processes stay exact in float64."""
@@ -54,7 +55,7 @@ LEFT = ("Timed out waiting", "Connection closed by peer", "Connection reset by p
 
 
 def left_waiting(error: BaseException) -> bool:
-    """Whether a collective, ours or an engine's, failed because another process did not come to it."""
+    """Whether a collective, ours or an engine's, failed because another process did not take part in it."""
     return any(words in str(error) for words in LEFT)
 
 

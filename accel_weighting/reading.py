@@ -81,7 +81,7 @@ class Readings:
         return f"losses weighted by {type(self.method).__name__}({settings}){frozen}; {when}: {weights}"
 
     def summary(self) -> str:
-        """A table for people: every task in the first window and in the last, and what the audit found.
+        """A printable table: every task in the first window and in the last, and what the audit found.
 
         What a task's head reads, its loss, the norm of its gradient at the branch point, the cosine of that with the
         sum of the others, its weight, and the weights at which all gradients would be of one length. No collective.

@@ -47,7 +47,7 @@ class RotatingMethod(Protocol):
 
 
 class HasState(Protocol):
-    """Where the weighter's state is."""
+    """Returns the state of a weighter."""
 
     @property
     def settled(self) -> WeighterState: ...  # noqa: D102
@@ -375,7 +375,7 @@ def no_rotations(method: str, rotations: Rotations | None) -> RuntimeError:
 
 
 def were_folded() -> RuntimeError:
-    """The weighter is used after its end."""
+    """The error for a weighter that is used after its rotations were folded."""
     return RuntimeError(
         "The rotations were folded into the heads, and this weighter is done. To train on, build a new one: its "
         "rotations begin at the identity, which leaves the folded model as it is."

@@ -20,10 +20,10 @@ from .statistics import Method, State, Statistics
 
 KIND = "accel_weighting.Weighter"
 VERSION = 1
-"""Of the saved form."""
+"""The version of the saved form."""
 
 NOT_TAKEN_OVER = ("rotations", "fixed", "settings", "pairs")
-"""Entries of a method's state that another weighter's checkpoint does not change; rotations go their own way."""
+"""Entries of a method's state that are not taken from another weighter's checkpoint. Rotations are handled apart."""
 
 Vector = NDArray[np.float64]
 
@@ -97,7 +97,7 @@ class WeighterState:
     def _bounded(
         self, weights: Vector, loss_weights: Vector | None, statistics: Statistics, method_state: State
     ) -> tuple[Vector, Vector | None]:
-        """What is applied of the method's weights, and of those on losses if it has any."""
+        """The weights to apply: the method's, after the bound on their growth; and those on losses if it has any."""
         growth, K = self.growth, len(weights)
         if growth is None or not self._method.settled(method_state):
             return weights, loss_weights
@@ -124,7 +124,7 @@ class WeighterState:
 
     @property
     def average_weights(self) -> Vector:
-        """Over the unfrozen steps."""
+        """The mean of the weights over the unfrozen steps."""
         return self._weight_sum / self._weight_steps if self._weight_steps else self.weights
 
     def get(self, name: str) -> Any:
@@ -138,7 +138,7 @@ class WeighterState:
         return rotations
 
     def digest(self) -> bytes:
-        """Of the weights and the method's state, to the last bit; rotations are on the device and left out."""
+        """A digest of every bit of the weights and the method's state, without rotations, which are on the device."""
         state = self.method_state
         values = [state[name].tobytes() for name in sorted(state) if _last(name) != "rotations"]
         growth = b"" if self.growth is None else self.growth.digest()

@@ -100,7 +100,7 @@ class Verdict:
 
     @property
     def rank(self) -> int:
-        """Of this process."""
+        """The rank of this process."""
         return self._processes.rank
 
     # ---- agreement ---------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ class Verdict:
 
         Raises:
             ValueError: Counts were mixed, or a loss that must be positive is negative.
-            RuntimeError: A gradient that the method needs did not come to the branch point, or gradients whose inner
+            RuntimeError: A gradient that the method needs did not arrive at the branch point, or gradients whose inner
                 products it needs came there in different tensors; or a coefficient was not used.
         """
         if sums.mixed_counts:

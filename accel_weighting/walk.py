@@ -67,7 +67,7 @@ class Walk:
 
     @property
     def visited(self) -> int:
-        """How many nodes were come to."""
+        """The number of nodes that were reached."""
         return len(self._children)
 
     # ---- walking -----------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def _is_join(node: Node) -> bool:
 
 
 _BY_OUTPUT = ("JoinBackward", "_DDPSinkBackward", "UnbindBackward0")
-"""Nodes whose outputs are told apart."""
+"""Nodes whose outputs are treated as different tensors."""
 
 
 def _children(place: Place, name: str) -> list[Place]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +43,7 @@ GRADNORM = GradNorm(alpha=1.0, lr=0.01)
 
 PAIRWISE = engines.pairwise(ROWS)
 FAMILIES = ("ddp", "fsdp1", "fsdp2", "hsdp", "zero")
+ONE_CELL = {"method": "GradNorm", "precision": "float64", "micro": 3, "checkpoint": "", "compile": False}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,37 @@ def test_all_pairs_of_choices_follow_one_process(family: str, ones: dict[str, Ru
     results = list(engines.run(part, ones, str(tmp_path)))
     wrong = [f"{result.row}, {result.choice}: {result.wrong}" for result in results if result.wrong]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("world", sorted({row.world for row in ROWS}))
+def test_one_choice_of_every_row_follows_one_process(world: int, tmp_path) -> None:
+    """The methods and precisions take turns; all pairs of choices are in the full run."""
+    part = [(row, first_choice(row, i)) for i, row in enumerate(ROWS) if row.world == world]
+    wholes = references((reference(choice) for _, choice in part), str(tmp_path))
+    results = list(engines.run(part, wholes, str(tmp_path)))
+    assert [result.row for result in results] == [row.name for row, _ in part]
+    assert not [f"{result.row}, {result.choice}: {result.wrong}" for result in results if result.wrong]
+
+
+def test_the_choices_of_all_rows_have_every_method_and_every_precision() -> None:
+    taken = [first_choice(row, i) for i, row in enumerate(ROWS)]
+    assert {choice["method"] for choice in taken} == set(engines.METHODS)
+    assert {choice["precision"] for choice in taken} == set(engines.PRECISIONS)
+
+
+def first_choice(row: EngineConfig, turn: int) -> engines.Choice:
+    """What the row can do, beginning with another method and precision at each turn."""
+    for method, precision in itertools.product(rotated(engines.METHODS, turn), rotated(engines.PRECISIONS, turn)):
+        for micro in (3, 1):
+            choice = {**ONE_CELL, "method": method, "precision": precision, "micro": micro}
+            if engines.impossible(row, choice) is None:
+                return choice
+    raise AssertionError(f"{row.name} can do nothing")
+
+
+def rotated(names: Iterable[str], by: int) -> list[str]:
+    names = list(names)
+    return names[by % len(names) :] + names[: by % len(names)]
 
 
 def test_every_row_is_in_a_family_and_every_choice_in_the_part() -> None:
@@ -85,8 +118,6 @@ def test_what_is_not_in_the_matrix_fails_without_a_weighter_too(tmp_path) -> Non
 
 
 # ---- the matrix sees what is wrong -------------------------------------------------------------------------------
-
-ONE_CELL = {"method": "GradNorm", "precision": "float64", "micro": 3, "checkpoint": "", "compile": False}
 
 
 @pytest.mark.parametrize("sabotage", engines.SABOTAGES)

@@ -549,7 +549,7 @@ def test_checkpoint_inside_an_accumulation_window_warns_and_resumes_with_a_windo
 # ---- a process that does not come ------------------------------------------------------------------------------------
 
 PATIENCE = 2.0
-MISSED = "RuntimeError: Another process did not come to optimizer step {}: it ended, met an error of its own"
+MISSED = "RuntimeError: Another process did not reach optimizer step {}: it exited, raised an error"
 
 
 def patient(setup: Setup, seconds: float = PATIENCE) -> Setup:

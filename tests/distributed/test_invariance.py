@@ -12,8 +12,8 @@ from tests.ranks import run_ranks
 from tests.scenarios import Cell, Run, assert_ranks_agree, difference, net, train_all
 
 GRADNORM = GradNorm(alpha=1.0, lr=0.05)
-CUTS = [("plain", 1, 2), ("plain", 1, 3), ("ddp", 2, 1), ("ddp", 2, 2), ("ddp", 3, 1), ("ddp", 3, 3)]
-CUTS += [("fsdp2", 2, 1), ("fsdp2", 2, 3), ("fsdp2", 3, 2)]
+CUTS = [("plain", 1, 3), ("ddp", 2, 2), ("ddp", 3, 1), ("fsdp2", 2, 1)]  # the short run's
+CUTS += [("plain", 1, 2), ("ddp", 2, 1), ("ddp", 3, 3), ("fsdp2", 2, 3), ("fsdp2", 3, 2)]
 
 EQUAL = {
     "gradnorm heads": Cell(GRADNORM),

@@ -18,6 +18,6 @@ def test_a_process_that_leaves_early_exits_cleanly_and_the_other_names_the_cause
         assert "left after 2 steps" in output and "Error" not in output
         code, output = stays.wait()
         assert code == 1, output
-        assert "RuntimeError: Another process did not come to optimizer step 2: it ended, met an error of" in output
+        assert "RuntimeError: Another process did not reach optimizer step 2: it exited, raised an error" in output
         assert "no `break`" in output and "`accelerator.check_trigger()`" in output
         assert time.monotonic() - begin < PATIENCE + 20

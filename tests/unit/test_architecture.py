@@ -21,6 +21,7 @@ MAY = {
     "statistics": set(),
     "methods": {"statistics", "methods"},
     "errors": set(),
+    "launch_configs": set(),
     "lifetime": set(),
     "optimizers": set(),
     "tracing": set(),

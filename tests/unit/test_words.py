@@ -58,7 +58,7 @@ def test_an_evaluation_without_no_grad():
     weighter = Weighter(CoVWeighting(), ["a", "b"], heads=dict(model.heads))
     model.eval()
     weighter.combine([mean(y) for y in model(x)])
-    with pytest.raises(RuntimeError, match=r"belongs to an evaluation: that means gradients disabled"):
+    with pytest.raises(RuntimeError, match=r"belongs to an evaluation, disable gradients there"):
         weighter.backward([mean(y) for y in model(x)])
 
 
