@@ -116,7 +116,7 @@ def all_cells() -> dict[Any, Any]:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> dict[str, Any]:
-    return run_ranks(whole, 1, tmp_path_factory.mktemp("one"))[0]
+    return run_ranks(whole, 1, tmp_path_factory.mktemp("one"), timeout=240)[0]
 
 
 @pytest.fixture(scope="module")

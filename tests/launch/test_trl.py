@@ -324,12 +324,12 @@ def gkd_by_hand() -> list[float]:
 
 @pytest.fixture(scope="module")
 def dpo_expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_ranks(dpo_by_hand, 1, tmp_path_factory.mktemp("dpo"))[0]
+    return run_ranks(dpo_by_hand, 1, tmp_path_factory.mktemp("dpo"), timeout=240)[0]
 
 
 @pytest.fixture(scope="module")
 def gkd_expected(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    return run_ranks(gkd_by_hand, 1, tmp_path_factory.mktemp("gkd"))[0]
+    return run_ranks(gkd_by_hand, 1, tmp_path_factory.mktemp("gkd"), timeout=240)[0]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
