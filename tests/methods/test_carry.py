@@ -8,20 +8,30 @@ import numpy as np
 import pytest
 
 from accel_weighting import (
+    DBMTL,
     FAMO,
     IMTLG,
+    IMTLL,
     MGDA,
+    SLAW,
+    UWSO,
     CarryForward,
     Clamp,
+    CoBa,
     ConFIG,
     CoVWeighting,
     DynamicWeightAverage,
+    GeometricLoss,
     GradientBalancer,
     GradNorm,
     Method,
+    NTKWeighting,
+    ReferenceNorm,
     ReLoBRaLo,
     RotoGrad,
+    ScaleInvariant,
     Smooth,
+    SmoothTchebycheff,
     SoftAdapt,
     Statistics,
     UncertaintyWeighting,
@@ -67,8 +77,28 @@ def follow(method: Method, windows: list[Statistics], tasks: int) -> np.ndarray:
     return np.stack(weights)
 
 
+MORE = [
+    *(
+        IMTLL(),
+        SLAW(),
+        UWSO(),
+        DBMTL(),
+        NTKWeighting(),
+        ReferenceNorm("t0", decay=0.9),
+        GeometricLoss(),
+        ScaleInvariant(),
+    ),
+    *(
+        SmoothTchebycheff(warmup=2),
+        CoBa(window=4, warmup=2),
+        GradNorm(start="balanced"),
+        UncertaintyWeighting(form="log1p"),
+    ),
+]
+
+
 @pytest.mark.parametrize("tasks", [2, 3])
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("method", [*METHODS, *MORE], ids=repr)
 def test_round_robin_follows_the_same_data_in_one_window_each(method, tasks):
     rounds = Rounds.draw(tasks)
     order = [[(t + k) % tasks for k in range(tasks)] for t in range(60)]  # in any order within a round
