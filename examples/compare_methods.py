@@ -400,7 +400,7 @@ def draw(runs: list[Run], path: Path) -> None:
     for y, (name, colour) in enumerate(zip(order, colours, strict=True)):
         mean, half = interval(change[name])
         ax.plot(change[name], [y] * len(change[name]), "o", markersize=2.5, color=colour, alpha=0.45)
-        ax.errorbar(min(mean, limit), y, None, half, fmt="D", color=colour, markersize=4.5, elinewidth=1.6)
+        ax.errorbar(mean, y, None, half, fmt="D", color=colour, markersize=4.5, elinewidth=1.6)
         if max(mean, mean + half) > limit:
             ax.text(limit * 0.99, y, f"{mean:+.0f} ± {half:.0f}", ha="right", va="center", fontsize=7, color=colour,
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.85})  # fmt: skip
