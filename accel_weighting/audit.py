@@ -63,7 +63,8 @@ class Audit:
         shared: Whether its weights act on the shared path.
         warn_once: Says something the first time.
         forbids: Why no gradient can be asked for beside the one backward (an engine's name), or None.
-        measured: The tasks whose gradients the method needs; None: all.
+        measured: The tasks whose gradients are compared.
+        at_parameters: Whether that is at parameters.
 
     Attributes:
         findings: Of the last look; None before the first.
@@ -76,12 +77,14 @@ class Audit:
         shared: bool,
         warn_once: Callable[[str, str], None],
         forbids: Callable[[], str | None],
-        measured: Sequence[str] | None = None,
+        measured: Sequence[str],
+        at_parameters: bool = False,
     ) -> None:
         self.findings: Findings | None = None
         self._tasks, self._method, self._shared = tuple(tasks), method, shared
         self._warn_once, self._forbids = warn_once, forbids
-        self._measured = frozenset(k for k, task in enumerate(tasks) if measured is None or task in measured)
+        self._measured = frozenset(k for k, task in enumerate(tasks) if task in measured)
+        self._at_parameters = at_parameters
         self._seen: set[int] = set()
         self._attached: int | None = None
 
@@ -102,7 +105,7 @@ class Audit:
         named = {k: losses[self._tasks[k]] for k in sorted(present)}
         if twins := _twins(named):
             raise errors.one_loss_under_two_names([self._tasks[k] for k in twins])
-        walk = Walk(branch.key, len(self._tasks), branch.parametrized)
+        walk = Walk(branch.key, len(self._tasks), branch.parametrized, self._at_parameters)
         self.findings = found = self._judged(walk, named)
         self._say(found)
 
@@ -137,9 +140,11 @@ class Audit:
 
     def _say(self, found: Findings) -> None:
         if found.crossed:
-            raise errors.cross_talk(self._method, found.crossed)
+            say = _cross_talk_at_parameters if self._at_parameters else errors.cross_talk
+            raise say(self._method, found.crossed)
         if found.passed_by:
-            self._warn_once("by-pass", errors.by_pass(self._method, found.passed_by, self._shared))
+            words = errors.by_pass(self._method, found.passed_by, self._shared)
+            self._warn_once("by-pass", _past_the_aliases(found.passed_by) if self._at_parameters else words)
         if found.apart:
             self._warn_once("depths", errors.different_depths(self._method, found.apart))
 
@@ -195,3 +200,26 @@ def probing_is_forbidden(models: Iterable[nn.Module], deepspeed: bool) -> str | 
             if kind == "DistributedDataParallel" and getattr(module, "static_graph", False):
                 return "DDP with static_graph"
     return None
+
+
+# ---- messages where gradients are taken at parameters ------------------------------------------------------------
+
+
+def _cross_talk_at_parameters(method: str, pairs: Sequence[tuple[str, str]]) -> RuntimeError:
+    """Losses that read a forward of another task."""
+    found = ", ".join(f"loss `{a}` reads a forward that ran in `with weighter.task({b!r}):`" for a, b in pairs)
+    return RuntimeError(
+        f"{method} compares the gradients of the tasks' losses, each from forwards of its own, but {found}. Compute "
+        "the loss from a forward in its own `with weighter.task(…):`, or detach what it reads of the other's."
+    )
+
+
+def _past_the_aliases(tasks: Iterable[str]) -> str:
+    """Losses that use a shared parameter outside of their task's forwards."""
+    names = ", ".join(f"`{task}`" for task in tasks)
+    return (
+        f"Loss {names} also uses a shared parameter outside of `with weighter.task(…):` (another forward, a weight "
+        "penalty, `F.linear(x, module.weight)`): training is right, but that part of its gradient is not in the "
+        "statistics. Run all of its forwards in the `with`, or add the term as it is: `backward(losses, extra={name: "
+        "term})`."
+    )

@@ -9,6 +9,7 @@ are measured, and their sum goes on to the trunk. What arrives at the vector of 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,9 @@ from . import errors
 from .gathering import Gathering
 from .heads import Call, Heads
 from .join import Aliases, Forward, Taps, has_history, join_of, register, same
+from .parameters import SharedParameters
 from .rotations import Rotations
+from .rows import Rows, rows_of_features, rows_twice
 from .shared_layer import SharedLayer
 from .statistics import Method
 from .structures import argument, can_be_shared, mapped, tensors_in
@@ -67,6 +70,7 @@ class Branch(Gathering):
         heads: The heads; None where the model calls ``branch`` itself.
         shared_layer: The layer whose output is the branch point, or None.
         rotations: The heads' rotations, or None.
+        parameters: Those at which gradients are taken instead, or None.
         passes: Whether z passes as it is, undivided, since nothing is measured or weighed there.
         tap_above: Elements over all tasks from which on every gradient is measured alone, as it passes: none waits for
             the others then, and inner products are not known.
@@ -77,6 +81,7 @@ class Branch(Gathering):
     Attributes:
         called: Tasks whose head was called in this forward.
         fed: Tasks whose head, or alias, had a history to send gradients back to.
+        by_rows: Tensors of this forward whose rows belong to tasks.
         reads: The shapes of what each task shares, as its gradients came first.
         key: By which its joins are known in autograd's graph.
         attached: How often heads were hooked.
@@ -89,6 +94,7 @@ class Branch(Gathering):
         heads: Heads | None = None,
         shared_layer: SharedLayer | None = None,
         rotations: Rotations | None = None,
+        parameters: SharedParameters | None = None,
         passes: Callable[[], bool] = lambda: False,
         tap_above: float = math.inf,
         needs_gradients: bool = True,
@@ -101,7 +107,8 @@ class Branch(Gathering):
         self.owner = owner
         self.called: set[int] = set()
         self.fed: set[int] = set()
-        self.shared_layer = shared_layer
+        self.by_rows: list[weakref.ref[Tensor]] = []
+        self.shared_layer, self.parameters = shared_layer, parameters
         self._tap_above = tap_above
         self._passes, self._needs_gradients, self._warn_once = passes, needs_gradients, warn_once
         self._forward: Forward | None = None
@@ -155,6 +162,9 @@ class Branch(Gathering):
         self.parametrized = set()
         self._joins = 0
         self.called, self.fed = set(), set()
+        self.by_rows = []
+        if self.parameters is not None:
+            self.parameters.used.clear()
 
     def before_head(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Head ``k`` is called: with its own aliases in place of what it shares with the others."""
@@ -239,6 +249,19 @@ class Branch(Gathering):
             return mapped(z, lambda x: self._rotated(joined[id(x)][k], k) if id(x) in joined else x)
 
         return {task: own(k) for k, task in enumerate(self.tasks)}
+
+    def rows(self, z: Tensor, owner: Tensor) -> None:
+        """From here the gradient at ``z`` is measured by the owners of its rows."""
+        if not torch.is_grad_enabled() or _in_transform() or self._passes() or not z.requires_grad:
+            return
+        if any(known() is z for known in self.by_rows):
+            raise rows_twice()
+        rows = Rows.of(z, owner, len(self.tasks))
+        inputs = None if self.shared_layer is None else self.shared_layer.input_for(z)
+        if self.shared_layer is not None and self.shared_layer.layer.convolution is not None and owner.ndim > 1:
+            raise rows_of_features(owner.shape)
+        z.register_hook(lambda g: self.at_rows(g, rows, inputs))  # type: ignore[no-untyped-call]
+        self.by_rows.append(weakref.ref(z))
 
     def _rotated(self, z: Tensor, k: int) -> Tensor:
         if self.rotations is None:

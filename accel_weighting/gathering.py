@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from . import errors, measure
-from .join import Gradients
+from .join import Gradients, passed_inside
+from .parameters import SharedParameters
 from .rotations import Rotations
+from .rows import Rows
 from .shared_layer import SharedLayer
 from .window import MicroBatch
 
@@ -34,7 +36,9 @@ class Gathering:
     tasks: tuple[str, ...]
     rotations: Rotations | None
     shared_layer: SharedLayer | None
+    parameters: SharedParameters | None
     reads: dict[int, tuple[torch.Size, ...]]
+    key: int
     _needs_gradients: bool
     _outputs: dict[int, Any]
     _pass: weakref.ref[_Pass] | None = None
@@ -64,6 +68,8 @@ class Gathering:
         self._pass = None
         self.forget()
         micro_batch.add_squares()
+        if self.parameters is not None:
+            micro_batch.window.arrived |= self.parameters.complete(micro_batch.came, micro_batch.window.used)
         if self.shared_layer is None:  # at a layer's weight all samples meet
             micro_batch.window.split |= micro_batch.record and micro_batch.split
 
@@ -191,3 +197,47 @@ class Gathering:
             micro_batch.window.arrived |= arrived
             with torch.no_grad():
                 micro_batch.squares[k] = micro_batch.squares.get(k, 0.0) + measure.square(g)
+
+    def at_parameter(self, k: int, i: int, g: Tensor) -> None:
+        """A gradient of task ``k`` came to its alias of shared parameter ``i``."""
+        micro_batch = self._active
+        if micro_batch is None or not micro_batch.record or k not in micro_batch.present:
+            return
+        assert self.parameters is not None
+        micro_batch.came.add(k)
+        with torch.no_grad():
+            micro_batch.window.add_at(k, self.parameters.place(i), g, micro_batch.divisors[k])
+
+    def at_rows(self, g: Tensor, rows: Rows, inputs: Tensor | None) -> Tensor | None:
+        """A gradient came to a tensor whose rows belong to tasks.
+
+        Args:
+            g: The gradient.
+            rows: Whose they are.
+            inputs: Of the shared layer, or None.
+
+        Returns:
+            What goes on in its place, where the weights act on the shared path, or it is taken inside of a loss.
+        """
+        micro_batch = self._active
+        if micro_batch is None:
+            return passed_inside(g, self.key) if torch.is_grad_enabled() else None
+        if micro_batch.record:
+            owned = micro_batch.present if rows.owned is None else rows.owned & micro_batch.present
+            micro_batch.window.arrived |= owned
+            self.reads.update((k, (g.shape,)) for k in owned if k not in self.reads)
+            with torch.no_grad():
+                self._measure_rows(micro_batch, g.detach(), rows, inputs)
+        w = micro_batch.shared_weights
+        return None if w is None else g * rows.weights(w, g)
+
+    def _measure_rows(self, micro_batch: MicroBatch, g: Tensor, rows: Rows, inputs: Tensor | None) -> None:
+        c, window, K = micro_batch.divisors, micro_batch.window, len(self.tasks)
+        if self.shared_layer is not None:
+            assert inputs is not None
+            matrices = measure.layer_gradients_of_rows(g, rows.index, K, self.shared_layer.layer, inputs)
+            window.add("gradients", matrices / c.to(matrices)[:, None, None])
+            return
+        squares = measure.squares_of_rows(g, rows.index, K)
+        window.add("gradients", torch.diag(squares / c.to(squares).square()))
+        window.split = True  # at z, gradients of different rows have no inner products

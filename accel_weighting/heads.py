@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from . import checks, errors
-from .modules import heads_by_task, links_to, name_of
+from .modules import Link, heads_by_task, holds, links_on_the_way, name_of
 
 HeadSpec = nn.Module | str | tuple[nn.Module | str, str]
 """A head: a module, its dotted name, or one of them with the name of the argument that is the shared representation."""
@@ -131,22 +131,6 @@ class _After(_Hook):
         return _After(self._hooked, self._k, copied=True)
 
 
-_Link = tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]
-"""A parent, the attribute in which it holds a child, and the child."""
-
-
-def _links(name: str | None, model: nn.Module | None) -> list[_Link]:
-    if name is None or model is None:
-        return []
-    return [(weakref.ref(parent), part, weakref.ref(child)) for parent, part, child in links_to(name, model)]
-
-
-def _holds(link: _Link) -> bool:
-    """Whether the parent still holds the child, or is gone itself."""
-    parent, name, child = link[0](), link[1], link[2]()
-    return parent is None or parent._modules.get(name) is child
-
-
 class Heads:
     """The heads of one weighter. Neither modules nor model are kept alive.
 
@@ -172,7 +156,7 @@ class Heads:
             name if isinstance(name, str) else None if model is None else name_of(name, model) for name in names
         ]
         self._hooked: list[weakref.ref[nn.Module]] = []
-        self._links: list[list[_Link]] = [[] for _ in tasks]
+        self._links: list[list[Link]] = [[] for _ in tasks]
         self._handles: list[RemovableHandle] = []
 
     def find(self) -> list[nn.Module]:
@@ -237,7 +221,7 @@ class Heads:
                 _route_forward(head)
         self._hooked = [weakref.ref(module) for module in modules]
         model = None if self._model is None else self._model()
-        self._links = [_links(name, model) for name in self._names]
+        self._links = [links_on_the_way(name, model) for name in self._names]
 
     def detach(self) -> None:
         """Removes every hook."""
@@ -250,7 +234,7 @@ class Heads:
 
     def moved(self) -> list[str]:
         """Tasks whose head is no longer the module that was hooked."""
-        return [task for task, links in zip(self.tasks, self._links, strict=True) if not all(map(_holds, links))]
+        return [task for task, links in zip(self.tasks, self._links, strict=True) if not all(map(holds, links))]
 
     def attach_again_at_first_forward(self, hooked: Hooked, ready: Callable[[], bool]) -> None:
         """Hooks the heads once more at the first forward of a module with a head in it, once it is ``ready``.

@@ -158,6 +158,30 @@ def weight_gradient(layer: Layer, inputs: Tensor, g: Tensor) -> Tensor:
     return total
 
 
+def weight_gradients_of_rows(layer: Layer, inputs: Tensor, g: Tensor, index: Tensor, tasks: int) -> Tensor:
+    """The same of every task's rows alone, ``[K, out, in·…]``; nothing is copied but pieces.
+
+    Args:
+        layer: What is known of the layer.
+        inputs: Its input.
+        g: The gradient at its output, or at a view of it.
+        index: The task of every row, of the leading shape of ``g``: of every sample where it is a convolution.
+        tasks: K.
+    """
+    shape, c = layer.output_shape(inputs.shape), layer.convolution
+    whole = 1 if c is None else len(c.stride) + 1
+    index = index.reshape(*index.shape, *[1] * (g.ndim - index.ndim))
+    index = index.expand(*g.shape[:-whole], *[1] * whole).reshape(*shape[:-whole], *[1] * whole)
+    precision = torch.float32 if g.device.type == "mps" else torch.float64
+    total = torch.zeros(tasks, *layer.matrix, dtype=precision, device=g.device)
+    for a, part, own in in_pieces([inputs, g.reshape(shape), index], piece_size(g), whole):
+        for k in range(tasks):
+            rows = own == k
+            if g.device.type != "cpu" or bool(rows.any()):
+                total[k] += _of_piece(c, wide(a), wide(torch.where(rows, part, 0)))
+    return total
+
+
 def _of_piece(c: Convolution | None, a: Tensor, g: Tensor) -> Tensor:
     a, g = (x.to(torch.promote_types(a.dtype, g.dtype)) for x in (a, g))
     if c is None:

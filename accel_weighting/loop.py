@@ -131,6 +131,9 @@ class Loop:
         v = given.vector(self.tasks, self._branch.head_outputs)
         self._window.called |= self._branch.called
         self._window.fed |= self._branch.fed
+        if self._branch.parameters is not None:
+            self._branch.parameters.add_used(self._window.used)
+        self._window.by_rows |= bool(self._branch.by_rows)
         record = self._measuring and not freeze and not paused
         micro_batch = MicroBatch(given.present, self._window, record=record)
         if self._audit is not None and record:
@@ -142,7 +145,7 @@ class Loop:
             self._enter(lambda: [loss.grad_fn for loss in given.named.values()], total, last, freeze)
         if record:
             self._record(given, v.detach(), extra)
-        if record or self.method.acts_on == "shared":
+        if record or not self._on_losses:
             self._branch.watch(v, micro_batch)
         return total
 
@@ -204,18 +207,20 @@ class Loop:
         """The weighted sum of the losses ``v``, ``[K]``; for ``lag=0`` by the weights of what is recorded."""
         state = self._steps.settled
         weights: NDArray[Any] | None
-        if self.method.acts_on == "shared":
+        if not self._on_losses:
             weights = state.loss_weights
         elif paused:
             weights = state.applied
         elif self.lag == 0 and record and given is not None:
             weights = self._steps.decide(v.detach(), given.present, given.counts)
+        elif (parameters := self._branch.parameters) is not None:
+            weights = parameters.multipliers(state.weights, state.loss_weights)
         else:
             weights = state.weights
         w = None if weights is None else self._bounds.on_device("losses", weights, v)
         w = self._bounds.capped(w, v.detach())
         w = w if given is None else given.shared(w, v)
-        if torch.is_grad_enabled() and not paused and weights is not None and self.method.acts_on == "losses":
+        if torch.is_grad_enabled() and not paused and weights is not None and self._on_losses:
             state.applied = weights
         total = v.sum() if w is None else v.dot(w)  # which autocast leaves alone
         for loss in extra.values():
@@ -225,7 +230,7 @@ class Loop:
     def _say_what_its_backward_needs(self, micro_batch: MicroBatch, given: Given, seen: Tensor) -> None:
         """Factors and weights of a micro-batch, where its backward passes the branch."""
         micro_batch.scale = given.scale(seen)
-        if self.method.acts_on == "losses":
+        if self._on_losses:
             return
         state, repeats = self._progress, not micro_batch.record and self._optimizers.repeats
         micro_batch.shared_weights = self._bounds.on_device("shared", state.applied if repeats else state.weights, seen)
@@ -353,6 +358,11 @@ class Loop:
     def _sync(self) -> bool:
         accelerator = self.accelerator
         return accelerator is None or bool(accelerator.sync_gradients)
+
+    @property
+    def _on_losses(self) -> bool:
+        """Whether weights multiply the losses, and not the gradients on their shared path."""
+        return self.method.acts_on == "losses" or self._branch.parameters is not None
 
     @property
     def _unfrozen(self) -> bool:

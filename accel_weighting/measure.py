@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layers import Layer, weight_gradient
+from .layers import Layer, weight_gradient, weight_gradients_of_rows
 from .pieces import BLOCK, full_precision, in_pieces, is_small, piece_size
 from .pieces import wide as wide
 
@@ -207,6 +207,38 @@ def _square_in_pieces(x: Tensor) -> Tensor:
         total += wider.dot(wider)
         del wider  # before the next is made
     return total
+
+
+# ---- of rows -------------------------------------------------------------------------------------------------------
+
+
+def squares_of_rows(g: Tensor, index: Tensor, tasks: int) -> Tensor:
+    """The squared norms of every task's rows of one gradient, float64 ``[K]``, with next to no memory besides.
+
+    An index beyond K, which is no task and not none, makes all of them NaN.
+
+    Args:
+        g: The gradient.
+        index: The task of every row, of the leading shape of ``g``; K for none.
+        tasks: K.
+    """
+    x = _real(g)
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    flat = index.flatten()
+    total = torch.zeros(tasks + 1, dtype=dtype, device=x.device)
+    for part, own in in_pieces([x.reshape(len(flat), -1), flat.unsqueeze(1)], piece_size(x) // 2, 1):
+        squares = part.to(dtype).square().sum(-1).flatten()
+        total.index_add_(0, own.flatten().clamp(0, tasks), squares)
+    known = ((index >= 0) & (index <= tasks)).all()
+    return torch.where(known, total[:tasks], torch.nan)
+
+
+def layer_gradients_of_rows(g: Tensor, index: Tensor, tasks: int, layer: Layer, inputs: Tensor) -> Tensor:
+    """The gradient of every task's rows at the weight of the layer that gave z, ``[K, out, in·…]``."""
+    with full_precision(g.device):
+        matrices = weight_gradients_of_rows(layer, inputs, g, index, tasks)
+    known = ((index >= 0) & (index <= tasks)).all()
+    return torch.where(known, matrices, torch.nan)
 
 
 # ---- at a layer's weight, and rotated ----------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -14,36 +15,65 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 def locate(name: str, model: nn.Module) -> nn.Module | None:
     """The submodule called ``name``, looking through the wrappers that engines and torch.compile put in between."""
-    module = _unwrap(model)
+    module = unwrapped(model)
     for part in name.split("."):
         found = getattr(module, part, None)
         if not isinstance(found, nn.Module):
             return None
-        module = _unwrap(found)
+        module = unwrapped(found)
     return module
 
 
 def links_to(name: str, model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     """The way to the submodule called ``name``: parent, attribute, child, from the model on."""
-    module, links = _unwrap(model), []
+    module, links = unwrapped(model), []
     for part in name.split("."):
         child = getattr(module, part)
         links.append((module, part, child))
-        module = _unwrap(child)
+        module = unwrapped(child)
     return links
 
 
 def name_of(module: nn.Module, model: nn.Module) -> str | None:
     """The dotted name under which ``locate`` finds a module; None where it does not."""
-    root = _unwrap(model)
+    root = unwrapped(model)
     for name, part in root.named_modules(remove_duplicate=False):
         if part is module:
-            inner = ".".join(word for word in name.split(".") if word not in WRAPPERS)
+            inner = inner_name(name)
             return inner if inner and locate(inner, root) is module else None
     return None
 
 
-def _unwrap(module: nn.Module) -> nn.Module:
+def inner_name(name: str) -> str:
+    """A dotted name without the wrappers in it."""
+    return ".".join(word for word in name.split(".") if word not in WRAPPERS)
+
+
+def parameter_names(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter under every name that it has, without the wrappers in it."""
+    for name, parameter in unwrapped(model).named_parameters(remove_duplicate=False):
+        yield inner_name(name), parameter
+
+
+Link = tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]
+"""A parent, the attribute in which it holds a child, and the child."""
+
+
+def links_on_the_way(name: str | None, model: nn.Module | None) -> list[Link]:
+    """Those to the submodule called ``name``; none of them is kept alive."""
+    if not name or model is None:
+        return []
+    return [(weakref.ref(parent), part, weakref.ref(child)) for parent, part, child in links_to(name, model)]
+
+
+def holds(link: Link) -> bool:
+    """Whether the parent still holds the child, or is gone itself."""
+    parent, name, child = link[0](), link[1], link[2]()
+    return parent is None or parent._modules.get(name) is child
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What an engine or torch.compile wrapped."""
     while True:
         for inner in WRAPPERS:
             if isinstance(getattr(module, inner, None), nn.Module):

@@ -90,10 +90,13 @@ class Readings:
         rows = [values for _, values in state.history.entries] + [state.history.latest]
         rows = [row for row in rows if any(name.startswith("loss/") for name in row)]
         heads, reads = self._branch.heads, self._branch.reads
-        labels = ["branch" if reads else "-"] * len(self.tasks) if heads is None else heads.labels
+        parameters = self._branch.parameters
+        where = "branch" if parameters is None else ", ".join(parameters.labels)
+        labels = [where if reads or parameters else "-"] * len(self.tasks) if heads is None else heads.labels
         table = [["task", "head", "reads", "loss", "gradient norm", "cosine to the rest", "weight"]]
         for k, task in enumerate(self.tasks):
-            shapes = " ".join(str(list(shape)) for shape in reads.get(k, ()))
+            read = reads.get(k, ()) if parameters is None else parameters.shapes
+            shapes = " ".join(str(list(shape)) for shape in read)
             table.append([task, labels[k], shapes or "-"])
             values = [_of_task(row, task, self.tasks) for row in (rows[:1] + rows[-1:])]
             table[-1] += [" → ".join(dict.fromkeys(map(_short, pair))) for pair in zip(*values, strict=True)]

@@ -71,6 +71,7 @@ class Verdict:
             gradient did not come.
         processes: The processes that summed.
         smallest: ``{task: loss}``: below which a loss cannot fall.
+        measured: The tasks whose gradients must come.
     """
 
     def __init__(
@@ -80,13 +81,13 @@ class Verdict:
         facts: Facts,
         processes: Processes,
         smallest: Mapping[str, float],
+        measured: Sequence[str],
     ) -> None:
         self._method, self._tasks, self._facts = method, tuple(tasks), facts
         self._processes, self._smallest = processes, smallest
         self._needs, self._positive = method.needs, method.positive_losses
         self._built = {"tasks": list(tasks), "method": repr(method), "weighter number": processes.number}
         self._signed: tuple[Mapping[str, Any], list[int]] = {}, []
-        measured = method.measures(self._tasks) if method.needs & GRADIENTS else ()
         self._measured = np.array([task in measured for task in self._tasks])
         self._warned: set[str] = set()
         self._alone = 0
@@ -168,7 +169,7 @@ class Verdict:
             self._look_for_unseen(statistics)
         if self._positive:
             self._check_signs(statistics)
-        if self._needs & GRADIENTS:
+        if self._measured.any():
             self._check_gradients(sums, statistics, window)
         return statistics
 
@@ -239,8 +240,8 @@ class Verdict:
 
     def _warn_if_no_sample_is_shared(self, statistics: Statistics) -> None:
         """At z, inner products of exactly 0 between all tasks say that no sample has two of them."""
-        M = statistics.gram
-        if M is None or self._facts.settings()["shared_layer"] is not None:
+        M, settings = statistics.gram, self._facts.settings()
+        if M is None or settings["shared_layer"] is not None or settings["shared_parameters"] is not None:
             return
         if np.count_nonzero(M.diagonal()) > 1 and np.count_nonzero(M) == np.count_nonzero(M.diagonal()):
             self.warn_once("shared", _no_sample_is_shared(repr(self._method), "moments" in self._needs))

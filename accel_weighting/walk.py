@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .aliases import KEY
 from .join import VIEWS
 
 OPAQUE = re.compile(r"(CompiledFunction|CheckpointFunction|.*DifferentiableGraph|.*ScriptFunction|.*GraphModule).*")
@@ -52,12 +53,13 @@ class Walk:
         key: Of the branch whose joins are looked for.
         tasks: K.
         parametrized: Nodes of parameters that were computed once for several uses.
+        at_parameters: Whether tasks part at aliases of parameters; what is below those is a parameter itself.
     """
 
-    def __init__(self, key: int, tasks: int, parametrized: set[Node]) -> None:
+    def __init__(self, key: int, tasks: int, parametrized: set[Node], at_parameters: bool = False) -> None:
         self.joins: dict[Node, None] = {}  # in the order of the walk
         self.forbids: str | None = None
-        self._key, self._tasks = key, tasks
+        self._key, self._tasks, self._at_parameters = key, tasks, at_parameters
         self._parametrized = parametrized
         self._children: dict[Place, list[Place]] = {}
         self._order: list[Place] = []  # children come before their parents
@@ -102,13 +104,19 @@ class Walk:
     def _open(self, place: Place) -> None:
         node = place[0]
         name = node.name()
-        if name.endswith(_POINTS) and node.key == self._key:
+        if self._parts(node, name):
             self.joins[node] = None
         elif OPAQUE.fullmatch(name):
             self._hidden[place] = name.removesuffix("Backward")
         elif name == "_DDPSinkBackward" and getattr(node.ddp_weakref(), "static_graph", False):
             self.forbids = "DDP with static_graph"
         self._children[place] = _children(place, name)
+
+    def _parts(self, node: Node, name: str) -> bool:
+        """Whether tasks part at a node."""
+        if self._at_parameters:
+            return VIEWS.fullmatch(name) is not None and (KEY, self._key) in node.metadata
+        return name.endswith(_POINTS) and bool(node.key == self._key)
 
     def _mark_below(self) -> None:
         """What the joins' inputs were computed from."""
@@ -122,7 +130,11 @@ class Walk:
     def _task(self, place: Place) -> int:
         """Whose alias an output of a join, or a tap, is."""
         node, output = place
-        return output % self._tasks if _is_join(node) else int(node.k)
+        return output % self._tasks if _is_join(node) else self._of_one(node)
+
+    def _of_one(self, node: Node) -> int:
+        """The task of a tap, or of an alias of a parameter."""
+        return int(node.metadata[KEY, self._key] if self._at_parameters else node.k)
 
     def _sum_up(self, place: Place) -> None:
         """Which aliases can be reached from here: bit k for task k."""
@@ -145,7 +157,7 @@ class Walk:
         for node in self.joins:
             if _is_join(node):
                 found += [edge(node, t * self._tasks + task) for t in range(node.tensors)]
-            elif node.k == task:
+            elif self._of_one(node) == task:
                 found.append(edge(node, 0))
         return found
 
@@ -160,7 +172,7 @@ class Walk:
             if place in self._hidden:
                 found.hidden = self._hidden[place]
             elif place in self._below:
-                if not self._is_of_parameters(place):
+                if self._at_parameters or not self._is_of_parameters(place):
                     found.trunk = re.sub(r"Backward\d?$", "", place[0].name())
             else:
                 found.derivatives |= place[0].name() == "_InnerSumBackward"
@@ -203,7 +215,7 @@ class Walk:
 
     def _came(self, join: Node, task: int) -> bool:
         if not _is_join(join):
-            return bool(join.k == task)
+            return self._of_one(join) == task
         return any((join, t * self._tasks + task) in self._children for t in range(join.tensors))
 
     def _differ(self, x: Node, y: Node) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,12 @@ from .lifetime import Registration, weakly
 from .losses import Bounds
 from .modules import heads_by_task
 from .optimizers import OptimizerWatch
+from .parameters import no_branch
 from .processes import Processes
 from .reading import Readings
 from .rotations import Rotations, fold, folded
 from .shared_layer import SharedLayer
+from .sharing import Sharing
 from .state import WeighterState
 from .statistics import Method
 from .steps import Steps
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class Weighter(Carrying, Readings):
+class Weighter(Carrying, Sharing, Readings):
     """Weighs the losses of several tasks so that the weights depend on the global batch alone.
 
     Replaces ``accelerator.backward(sum of losses)`` by ``weighter.backward(losses)``: one backward, and one small
@@ -52,6 +54,9 @@ class Weighter(Carrying, Readings):
         shared_layer: A Linear, a convolution or transformers' ``Conv1D`` (or its name) whose output is the branch
             point. Gradients are then taken at its weight, as GradNorm's paper does; this adds K·|W| numbers to the
             all-reduce.
+        shared_parameters: Parameters, or their names in ``model``, at which gradients are taken instead where no tensor
+            is shared: each task's forwards run in ``with weighter.task(name):``. The weights then multiply the losses,
+            whatever the method, none below 1e-6 in absolute value. This adds K·|W| numbers to the all-reduce.
         cosines: Whether inner products of gradients are measured where the method needs norms alone. They wait for
             each other then, which takes (K-1)·|z| of memory. None: where z is small, or compiled, or branched by
             ``branch``; ``statistics.gram`` is None elsewhere.
@@ -93,6 +98,7 @@ class Weighter(Carrying, Readings):
         heads: Mapping[str, HeadSpec] | None = None,
         model: nn.Module | None = None,
         shared_layer: nn.Module | str | None = None,
+        shared_parameters: Iterable[nn.Parameter | str] | None = None,
         cosines: bool | None = None,
         initial_weights: Mapping[str, float] | None = None,
         lag: int = 1,
@@ -122,6 +128,8 @@ class Weighter(Carrying, Readings):
         processes = Processes(accelerator, process_group)
 
         rotates = "moments" in method.needs
+        others = {"heads": heads, "shared_layer": shared_layer}
+        parameters = self._parameters_of(shared_parameters, model, rotates, others)
         layer = None if shared_layer is None else SharedLayer(shared_layer, model)
         if layer is not None:
             checks.shared_layer_goes_with(repr(method), rotates, self.lag)
@@ -132,9 +140,11 @@ class Weighter(Carrying, Readings):
             if method.needs & GRADIENTS:
                 found.check_apart()
             predecessor = self._take_over_from(found, rotates)
-        layout = Layout(len(self.tasks), None if layer is None else layer.layer.matrix)
+        matrix = (1, parameters.numbers) if parameters is not None else None if layer is None else layer.layer.matrix
+        layout = Layout(len(self.tasks), matrix)
         me = weakref.ref(self)  # what is built here does not keep the weighter alive
-        self._verdict = Verdict(method, self.tasks, _Facts(me, layout), processes, self._bounds.smallest)
+        measured = self._measured(parameters is not None)
+        self._verdict = Verdict(method, self.tasks, _Facts(me, layout), processes, self._bounds.smallest, measured)
         self._steps = Steps(method, self._progress, layout, processes, self._verdict, self._bounds, self.lag)
         self._rotations = Rotations(checks.rotating(method), self._steps, layout) if rotates else None
         self._branch = Branch(
@@ -142,6 +152,7 @@ class Weighter(Carrying, Readings):
             found,
             layer,
             self._rotations,
+            parameters,
             passes=lambda: (weighter := me()) is None or weighter._passes,
             tap_above=tap_above(method, self.lag, layer is not None, checks.yes_no_or_none("cosines", cosines)),
             needs_gradients=bool(method.needs & GRADIENTS),
@@ -149,11 +160,10 @@ class Weighter(Carrying, Readings):
             owner=me,
         )
         self._attach()
-        if method.needs & GRADIENTS:
-            forbidden = _Facts(me, layout).why_no_probe
-            acts = method.acts_on == "shared"
-            measured = method.measures(self.tasks)
-            self._audit = Audit(self.tasks, repr(method), acts, self._verdict.warn_once, forbidden, measured)
+        if measured:
+            forbidden, warn_once = _Facts(me, layout).why_no_probe, self._verdict.warn_once
+            acts, at = not self._on_losses, parameters is not None
+            self._audit = Audit(self.tasks, repr(method), acts, warn_once, forbidden, measured, at)
         self._window = Window(layout)
         self._optimizers = OptimizerWatch()
         self._several = None
@@ -219,7 +229,7 @@ class Weighter(Carrying, Readings):
 
     def _resumed_settings(self, layout: Layout) -> dict[str, Any]:
         """Those that a checkpoint has to agree in; the others are bounds."""
-        return {"lag": self.lag, "update_every": self.update_every, "shared_layer": layout.matrices}
+        return {"lag": self.lag, "update_every": self.update_every, **self._shared_settings(layout)}
 
     def _has_scaler(self) -> bool:
         """Under a loss scale an overflow of gradients is the scaler's business."""
@@ -235,6 +245,8 @@ class Weighter(Carrying, Readings):
 
     def _why_missed(self, missed: Sequence[str], window: Window) -> RuntimeError:
         """The error for tasks of which no gradient came to the branch point."""
+        if (elsewhere := self._why_missed_elsewhere(missed, window)) is not None:
+            return elsewhere
         if self.lag == 0 and window.arrived:
             return errors.did_not_come_with_the_others(missed)
         places = {task: self.tasks.index(task) for task in missed}
@@ -259,6 +271,8 @@ class Weighter(Carrying, Readings):
         """
         if self._branch.heads is not None:
             raise errors.heads_and_branch()
+        if self._branch.parameters is not None:
+            raise no_branch()
         return self._branch(z, mask)
 
     def detach(self) -> None:

@@ -121,7 +121,8 @@ class Layout:
 
     Attributes:
         tasks: Number of tasks, K.
-        matrices: Shape ``[out, in·…]`` of the shared layer's weight where gradients are taken there, else None.
+        matrices: Shape ``[out, in·…]`` of the shared layer's weight where gradients are taken there, ``[1, |W|]`` where
+            they are taken at parameters, else None.
         moments: How many moments of which width a rotating method has, ``(number, m)``, once z is known.
         extras: Names of the losses that are added as they are, in the order in which they first came.
     """
@@ -149,7 +150,7 @@ class Layout:
     def condense(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         """After the sum over processes, still on the device: what the host reads, and what stays on the device.
 
-        A shared layer's matrices become their Gram matrix. Moments stay; the host learns their sum.
+        Gradients at weights become their Gram matrix. Moments stay; the host learns their sum.
         """
         K, head = self.tasks, self._head
         if self.matrices is not None:
@@ -202,6 +203,7 @@ class MicroBatch:
         factors: ``c``, ``[K]``, once the backward has begun.
         collected: For every join that this backward passed: the shapes of its tensors, and whose gradients came.
         squares: Squared norms of the gradients that were measured one by one as they passed, by task.
+        came: Tasks whose gradient came to a shared parameter.
     """
 
     present: frozenset[int]
@@ -213,6 +215,7 @@ class MicroBatch:
     factors: Tensor | None = None
     collected: list[tuple[tuple[torch.Size, ...], frozenset[int]]] = field(default_factory=list)
     squares: dict[int, Tensor] = field(default_factory=dict)
+    came: set[int] = field(default_factory=set)
 
     @property
     def divisors(self) -> Tensor:
@@ -279,6 +282,8 @@ class Window:
         arrived: Tasks whose gradient has come there.
         called: Tasks whose head was called.
         fed: Tasks whose head, or alias, had a history to send gradients back to.
+        used: Of every task, the shared parameters that its forwards used.
+        by_rows: Whether a tensor came whose rows belong to tasks.
         factors: ``c`` of the last backward, ``[K]`` on the device.
         split: Whether the inner products of different tasks' gradients are not known.
         derivatives: Whether a loss was on derivatives that passed the branch point.
@@ -294,8 +299,9 @@ class Window:
         self.arrived: set[int] = set()
         self.called: set[int] = set()
         self.fed: set[int] = set()
+        self.used: dict[int, set[int]] = {}
         self.factors: Tensor | None = None
-        self.split = self.derivatives = False
+        self.split = self.derivatives = self.by_rows = False
         self.coefficients: dict[str, Tensor] | None = None
         self.carried: list[Carried] = []
         self._layout = layout
@@ -354,6 +360,19 @@ class Window:
             value = before + value.to(before.device)
         self._sums[name] = value
 
+    def add_at(self, k: int, place: slice, gradient: Tensor, divisor: Tensor) -> None:
+        """Adds a gradient at a parameter, free of its factor, to a part of task ``k``'s row.
+
+        In float32, or in float64 once one of them comes in it.
+        """
+        g = torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
+        wide = torch.promote_types(g.dtype, torch.float32)
+        total = self._sums.get("gradients")
+        if total is None:
+            total = torch.zeros(self._layout.gradients, dtype=wide, device=g.device)
+        total = self._sums["gradients"] = total.to(torch.promote_types(total.dtype, wide))
+        total[k, 0, place].addcdiv_(g.flatten().to(total), divisor.to(total))
+
     @property
     def scaled(self) -> bool:
         """Whether a backward's gradients were multiplied far beyond any weight, as a loss scale does."""
@@ -388,7 +407,7 @@ class Window:
         numbers = [*facts, *arrived, *self._present, *self._items, *self._extras]
         extras = self._sums.get("extras")
         parts = [losses, _zeros(EXTRAS, losses.device) if extras is None else extras]
-        parts.append(gradients.flatten().to(losses.device))
+        parts.append(gradients.flatten().to(losses.device).double())
         if self._layout.moments is not None:
             parts.append(self._triangles(losses.device).flatten())
             self._sums.pop("moments", None)  # large; the rest may be asked for once more, see `not_finite`
