@@ -1,11 +1,14 @@
 """Shared by the examples: the progress of a run, its checkpoints, and the check that processes see each other."""
 
+import argparse
 import json
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import accelerate
 import matplotlib
@@ -14,6 +17,12 @@ from accelerate import Accelerator
 
 import accel_weighting
 from accel_weighting.plot import plot_runs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+History = list[tuple[int, dict[str, float]]]
 
 
 class Progress:
@@ -88,8 +97,38 @@ def table(lines: list[list[str]]) -> str:
     return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
 
 
-def write_results(folder: Path, name: str, args: Any, runs: dict[str, dict[str, Any]]) -> None:
-    """Writes `name.json` (settings, versions, results and history of every run) and `name.png` (their picture)."""
+def listed(kind: Callable[[str], Any], known: Any = None) -> Callable[[str], list[Any]]:
+    """The type of an option that takes a list `A,B,…`; all of it must be among the known, if these are given."""
+
+    def read(text: str) -> list[Any]:
+        found = [kind(part) for part in text.split(",")]
+        if known is not None and (unknown := [part for part in found if part not in known]):
+            raise argparse.ArgumentTypeError(f"unknown {unknown}; there are {list(known)}")
+        return found
+
+    return read
+
+
+def mean_and_range(values: list[float], digits: int = 3) -> str:
+    """`mean (lowest to highest)`, with so many significant digits."""
+    low, mean, high = (f"{x:#.{digits}g}".rstrip(".") for x in (min(values), fmean(values), max(values)))
+    return f"{mean} ({low} to {high})"
+
+
+def thinned(history: History, points: int = 200) -> History:
+    """A weighter's history in so many parts, each with the latest of its values: files of many runs stay small."""
+    width = max(1, len(history) // points)
+    parts = [history[start : start + width] for start in range(0, len(history), width)]
+    return [(part[-1][0], {name: x for _, values in part for name, x in values.items()}) for part in parts]
+
+
+def write_results(
+    folder: Path, name: str, args: Any, runs: dict[str, dict[str, Any]], picture: "Callable[[], Figure] | None" = None
+) -> None:
+    """Writes `name.json` (settings, versions, results and history of every run) and `name.png`.
+
+    The picture is that which `picture` draws, by default weights, losses, norms and cosines of every run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     versions = {module.__name__: module.__version__ for module in (torch, accelerate, accel_weighting)}
     results = {
@@ -99,5 +138,6 @@ def write_results(folder: Path, name: str, args: Any, runs: dict[str, dict[str, 
     }
     (folder / f"{name}.json").write_text(json.dumps(results))
     matplotlib.use("Agg")
-    plot_runs({run: result["history"] for run, result in runs.items()}).savefig(folder / f"{name}.png", dpi=120)
+    figure = picture() if picture else plot_runs({run: result["history"] for run, result in runs.items()})
+    figure.savefig(folder / f"{name}.png", dpi=120)
     print(f"Results are in {folder}")

@@ -10,12 +10,13 @@ import pytest
 from tests.launch.launching import ON_TWO_PROCESSES, ROOT, run_to_end
 
 
-def train(script, folder, *options):
+def train(script, folder, *options, processes=2):
     """A short run that must go well; the output and the results it wrote."""
-    command = (*ON_TWO_PROCESSES, f"examples/{script}.py", "--cpu", "--output_dir", folder, *options)
+    launch = ON_TWO_PROCESSES if processes == 2 else [sys.executable]
+    command = (*launch, f"examples/{script}.py", "--cpu", "--output_dir", folder, *options)
     code, output = run_to_end(*command, HF_HUB_OFFLINE="1")
     assert code == 0, output
-    assert "Processes: 2 (MULTI_CPU)" in output
+    assert f"Processes: {processes} ({'MULTI_CPU' if processes == 2 else 'NO'})" in output
     assert (folder / f"{script}.png").read_bytes().startswith(b"\x89PNG")
     return output, json.loads((folder / f"{script}.json").read_text())
 
@@ -171,6 +172,95 @@ def test_preferences(tmp_path):
     assert re.search(r"^cov +\d\.\d+ +\d\.\d+ +\d\.\d+ +\d\.\d+$", output, re.MULTILINE), output
 
 
+def on_two_and_on_one(script, folder, options, for_one=()):
+    """The runs of a script on two processes and on one, and the output of the former."""
+    output, two = train(script, folder / "two", *options)
+    _, one = train(script, folder / "one", *options, *for_one, processes=1)
+    assert list(two["runs"]) == list(one["runs"])
+    for runs, processes in ((two["runs"], 2), (one["runs"], 1)):
+        assert {run["processes"] for run in runs.values()} == {processes}
+    return output, two["runs"], one["runs"]
+
+
+def assert_alike(two, one, rel):
+    """Numbers in nested dictionaries and lists."""
+    if isinstance(one, dict):
+        assert set(two) == set(one)
+        two, one = [two[key] for key in one], list(one.values())
+    if isinstance(one, list):
+        assert len(two) == len(one)
+        for mine, theirs in zip(two, one, strict=True):
+            assert_alike(mine, theirs, rel)
+    else:
+        assert two == pytest.approx(one, rel=rel)
+
+
+def test_pinn_on_two_processes_is_that_on_one(tmp_path):
+    methods = ["1:100", "gradnorm", "reference", "relobralo"]
+    options = ("--methods", ",".join(methods), "--seeds", "3", "--steps", 24, "--update_every", 4, "--float64")
+    output, two, one = on_two_and_on_one("pinn", tmp_path, options)
+    assert list(two) == [f"{method}, seed 3" for method in methods]
+    for name, run in two.items():
+        for what in ("errors", "weights", "history"):
+            assert_alike(run[what], one[name][what], 1e-7)
+        assert run["errors"][-1][0] == 24
+        measured = {step for step, values in run["history"] if "grad_norm/boundary" in values}
+        compares = run["method"] in ("gradnorm", "reference")
+        assert bool(measured) == compares
+        moved = run["weights"]["boundary"] != {"1:100": 100.0}.get(run["method"], 1.0)
+        assert moved == (run["method"] != "1:100")
+    assert two["gradnorm, seed 3"]["weights"]["boundary"] > 1  # second derivatives have the larger gradient
+    assert re.search(r"^gradnorm +\d\.\d+ \(\d\.\d+ to \d\.\d+\) +\d", output, re.MULTILINE), output
+
+
+def test_forces_on_two_processes_are_those_on_one(tmp_path):
+    options = ("--methods", "10:1,gradnorm,uncertainty", "--seeds", "3", "--steps", 24, "--train_size", 64)
+    output, two, one = on_two_and_on_one("forces", tmp_path, (*options, "--update_every", 4, "--float64"))
+    for name, run in two.items():
+        for what in ("errors", "weights", "history"):
+            assert_alike(run[what], one[name][what], 1e-7)
+    fixed, gradnorm, uncertainty = two.values()
+    assert fixed["weights"] == {"energy": 10.0, "forces": 1.0}
+    assert sum(gradnorm["weights"].values()) == pytest.approx(2) and gradnorm["weights"]["energy"] != 1
+    assert {"grad_norm/energy", "grad_norm/forces"} <= set(gradnorm["history"][-4][1])
+    assert not any("grad_norm/energy" in values for _, values in uncertainty["history"])  # one forward gave both
+    deviation = float(re.search(r"standard deviations: .*, (\d+) meV/Å", output)[1])
+    assert 300 < deviation < 1500
+    assert all(run["errors"]["forces"] < deviation for run in two.values()), "no better than forces of 0"
+
+
+def test_the_price_of_pinn_compares_with_no_weighter(tmp_path):
+    code, output = run_to_end(
+        sys.executable, "examples/pinn.py", "--cpu", "--price", 3, "--update_every", 2, "--output_dir", tmp_path
+    )
+    assert code == 0, output
+    rows = re.findall(r"^(.*\S) +\d+\.\d\d +(\d\.\d{3}) \[", output, re.MULTILINE)
+    assert [name for name, _ in rows] == ["no weighter", "equal", "gradnorm, every 2 steps", "gradnorm, every step"]
+    assert rows[0][1] == "1.000" and all(0.3 < float(ratio) < 5 for _, ratio in rows)
+    assert not list(tmp_path.iterdir()), "it trains nothing"
+
+
+def test_finetune_domains_on_two_processes_is_two_micro_batches_on_one(tmp_path):
+    options = ("--methods", "equal,gradnorm", "--seeds", "3", "--steps", 10, "--batch_size", 6)
+    output, two, one = on_two_and_on_one("finetune_domains", tmp_path, options, ("--accumulation", 2))
+    for name, run in two.items():
+        for what in ("weights", "metrics", "evaluations"):
+            assert_alike(run[what], one[name][what], 2e-3)  # float32
+    equal, gradnorm = two.values()
+    assert set(equal["weights"].values()) == {1.0}
+    assert sum(gradnorm["weights"].values()) == pytest.approx(3)
+    for step, values in gradnorm["history"]:
+        others = dict(map(tuple, one["gradnorm, seed 3"]["history"]))[step]
+        norms = {key: value for key, value in values.items() if key.startswith("grad_norm/")}
+        assert norms == pytest.approx({key: others[key] for key in norms}, rel=2e-3)
+        assert len(norms) >= 2  # sums are in one of ten texts, and not in every batch
+    seen = [values for _, values in gradnorm["history"] if "grad_norm/sums" in values]
+    assert seen and all(values["grad_norm/sums"] > values["grad_norm/tales"] for values in seen)
+    assert gradnorm["weights"]["sums"] < 0.7 < gradnorm["weights"]["tales"]  # a mean over few tokens pulls most
+    assert gradnorm["metrics"]["tales"] < gradnorm["evaluations"][0][1]["tales"] < 12
+    assert re.search(r"^gradnorm +\d\.\d+ \(\d\.\d+ to \d\.\d+\) +\d", output, re.MULTILINE), output
+
+
 @pytest.mark.parametrize("script", ["autoencoder_gan", "finetune_text", "finetune_trainer", "multi_loss"])
 def test_help_shows_the_command_and_the_defaults(script):
     code, output = run_to_end(sys.executable, f"examples/{script}.py", "--help", COLUMNS="120")
@@ -178,6 +268,18 @@ def test_help_shows_the_command_and_the_defaults(script):
     assert f"accelerate launch --config_file launch_configs/cpu_2.yaml examples/{script}.py --cpu" in output
     assert f"(default: runs/{script})" in output
     assert script == "autoencoder_gan" or "weighting method (default:" in output
+
+
+@pytest.mark.parametrize("script", ["pinn", "forces", "finetune_domains"])
+def test_help_of_a_comparison_shows_the_command_the_methods_and_the_defaults(script):
+    code, output = run_to_end(sys.executable, f"examples/{script}.py", "--help", COLUMNS="120")
+    assert code == 0, output
+    assert f"accelerate launch --config_file launch_configs/cpu_2.yaml examples/{script}.py --cpu" in output
+    assert f"(default: runs/{script})" in output
+    methods = re.search(r"weighting methods to compare \(default:\s+(\S+)\)", output)[1].split(",")
+    assert {"equal", "1:1"} & set(methods) and "gradnorm" in methods
+    code, output = run_to_end(sys.executable, f"examples/{script}.py", "--methods", "gradnorm,gradnrom")
+    assert code == 2 and "unknown ['gradnrom']" in output
 
 
 def test_the_sentences_are_what_their_script_makes(tmp_path):
