@@ -61,7 +61,7 @@ MAY = {
         *("optimizers", "processes", "reading", "rotations", "shared_layer", "state", "statistics", "steps"),
         *("verdict", "window"),
     },
-    "integrations": {"losses", "statistics", "weighter", "integrations"},
+    "integrations": {"losses", "methods", "statistics", "weighter", "integrations"},
     "selfcheck": {"__init__", "processes", "selfcheck"},
     "__init__": {"methods", "plot", "statistics", "weighter"},
 }
