@@ -27,7 +27,9 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.trunk = nn.Linear(4, 6)
-        self.heads = nn.ModuleDict({"a": nn.Linear(6, 2), "b": nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))})
+        self.heads = nn.ModuleDict(
+            {"a": nn.Linear(6, 2), "b": nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))}
+        )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         z = torch.tanh(self.trunk(x))
@@ -145,7 +147,9 @@ def lived(
             weighter.backward(losses_of(trained(data(step)[rows])))
             stepped(model)
             statistics, step = weighter.statistics, step + 1
-            seen.append((statistics.losses, statistics.norms, statistics.gram, np.array(list(weighter.weights.values()))))
+            seen.append(
+                (statistics.losses, statistics.norms, statistics.gram, np.array(list(weighter.weights.values())))
+            )
     return ended(model, seen)
 
 

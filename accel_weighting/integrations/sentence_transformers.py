@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accel_weighting.integrations import trainer
 from accel_weighting.methods.carry import CarryForward
 from accel_weighting.methods.loss_scale import ScaleInvariant
 from accel_weighting.methods.static import EqualWeighting, StaticWeighting
 from accel_weighting.methods.uncertainty import IMTLL, UncertaintyWeighting
 from accel_weighting.statistics import Method
 from accel_weighting.weighter import Weighter
+
+from .base import WeighterMixin
 
 try:
     from sentence_transformers import SentenceTransformerTrainer
@@ -36,15 +37,15 @@ ALONE = (EqualWeighting, StaticWeighting, UncertaintyWeighting, IMTLL, ScaleInva
 """Methods whose weight of a task depends on that task alone."""
 
 
-class SentenceTransformerWeightingMixin(trainer.WeightingMixin):
+class SentenceTransformerWeightingMixin(WeighterMixin):
     """Weighs losses in any of the library's trainers: ``class Mine(SentenceTransformerWeightingMixin, SomeTrainer)``.
 
     - **Several data sets**, ``loss={"sts": …, "nli": …}`` with a data set for each: one task per batch, and the data
       sets are the tasks. A method that compares tasks is put into :class:`~accel_weighting.CarryForward`.
     - **Several losses of one batch**, ``loss={"rank": …, "spread": …}`` with one data set: every loss is taken of every
       batch, and the model embeds it once for all of them. Their names are the tasks.
-    - **A loss that returns a dictionary**: its keys are the tasks, named in ``tasks``. Where the method needs gradients,
-      the loss is called once per task on the same embeddings.
+    - **A loss that returns a dictionary**: its keys are the tasks, named in ``tasks``. Where the method needs
+      gradients, the loss is called once per task on the same embeddings.
 
     Methods that need gradients measure them at the sentence embedding. Evaluation is the library's own: unweighted
     losses, and its evaluators. Weights, losses and gradient norms join the logs, and checkpoints hold the weighter.
@@ -60,8 +61,6 @@ class SentenceTransformerWeightingMixin(trainer.WeightingMixin):
     Raises:
         ValueError: The tasks are not known, or the method cannot be used with these losses; the message says why.
     """
-
-    _own_compute_loss = True
 
     def __init__(
         self,
@@ -94,24 +93,20 @@ class SentenceTransformerWeightingMixin(trainer.WeightingMixin):
             if tasks is None:
                 raise _without_tasks(loss)
             loss = _of_one_batch(loss, tasks, weighting, self._embeddings)
-        super().__init__(
-            *(model, args, train_dataset, eval_dataset, loss, *more),
-            weighting=weighting,
-            tasks=tasks,
-            weighter_options=options,
-            **kwargs,
-        )
+        given = (model, args, train_dataset, eval_dataset, loss, *more)
+        super().__init__(*given, weighting=weighting, tasks=tasks, weighter_options=options, **kwargs)
+        if self.args.n_gpu > 1:
+            raise _data_parallel(self.args.n_gpu)
 
-    def _make_weighter(self, model: nn.Module) -> Weighter:
-        weighter = super()._make_weighter(model)
-        self._embeddings.hook(model, weighter)
-        return weighter
+    def _build_weighter(self) -> None:
+        super()._build_weighter()
+        self._embeddings.hook(self.model, self.weighter)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The weighted total of a training batch; in evaluation what the library's trainer computes."""
-        theirs = super(trainer.WeightingMixin, self).compute_loss  # type: ignore[misc]
+        theirs = super().compute_loss  # type: ignore[misc]
         if not torch.is_grad_enabled():
             return theirs(model, inputs, return_outputs, num_items_in_batch)
         if self._by_data_set:
@@ -349,11 +344,19 @@ def _checked(losses: Any) -> dict[str, Tensor]:
 # ---- messages ----------------------------------------------------------------------------------------------------
 
 
+def _data_parallel(gpus: int) -> NotImplementedError:
+    """One process with several GPUs."""
+    return NotImplementedError(
+        f"torch's DataParallel would divide every batch over {gpus} GPUs of this one process, where the gradients of a "
+        "task cannot be told apart: start one process per GPU, with `accelerate launch` or torchrun."
+    )
+
+
 def _without_tasks(loss: Any) -> ValueError:
     """One loss, whose parts have no names yet."""
     return ValueError(
-        "There is nothing to weigh yet. Give `loss` as a dictionary (a loss for each data set, or several losses for one "
-        "data set), or `tasks`, the keys of a loss that returns a dictionary. "
+        "There is nothing to weigh yet. Give `loss` as a dictionary (a loss for each data set, or several losses for "
+        "one data set), or `tasks`, the keys of a loss that returns a dictionary. "
         f"Found `loss` of type {type(loss).__name__} and `tasks = None`."
     )
 
@@ -369,17 +372,17 @@ def _one_loss(loss: Any) -> TypeError:
 def _rotated(method: Method) -> ValueError:
     """Rotations would not be in the saved model."""
     return ValueError(
-        "Parameter `weighting` must not rotate: a sentence embedding is what the model is saved for, and no head follows "
-        f"it that could undo a rotation. Found `weighting = {method!r}`."
+        "Parameter `weighting` must not rotate: a sentence embedding is what the model is saved for, and no head "
+        f"follows it that could undo a rotation. Found `weighting = {method!r}`."
     )
 
 
 def _never_meet(method: Method) -> ValueError:
     """Inner products of gradients of different samples."""
     return ValueError(
-        f"{method!r} compares the directions of the tasks' gradients, and data sets have samples of their own, so that at "
-        "the sentence embedding their inner products are exactly 0. Use a method that compares losses or norms, such as "
-        "GradNorm, or `weighter_options={'shared_layer': …}` with a layer whose output is the sentence embedding."
+        f"{method!r} compares the directions of the tasks' gradients, and data sets have samples of their own, so that "
+        "at the sentence embedding their inner products are exactly 0. Use a method that compares losses or norms, such "
+        "as GradNorm, or `weighter_options={'shared_layer': …}` with a layer whose output is the sentence embedding."
     )
 
 

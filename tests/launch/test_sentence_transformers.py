@@ -3,7 +3,7 @@
 import copy
 import pickle
 import warnings
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
@@ -229,7 +229,7 @@ def all_hands(folder):
     return hands
 
 
-METHODS = {kind: GRADNORM for kind in (*SETS, *TOGETHER)} | {"several": MGDA(), "triplets": CoVWeighting()}
+METHODS = dict.fromkeys((*SETS, *TOGETHER), GRADNORM) | {"several": MGDA(), "triplets": CoVWeighting()}
 
 
 def all_runs(folder):
@@ -289,19 +289,19 @@ def evaluated(folder):
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    return run_ranks(all_runs, 1, folder, folder, timeout=300)[0]
+    return run_ranks(all_runs, 1, folder, folder, timeout=600)[0]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    return run_ranks(all_runs, 2, folder, folder, timeout=400)
+    return run_ranks(all_runs, 2, folder, folder, timeout=600)
 
 
 @pytest.fixture(scope="module")
 def hands(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hands")
-    return run_ranks(all_hands, 1, folder, folder, timeout=300)[0]
+    return run_ranks(all_hands, 1, folder, folder, timeout=600)[0]
 
 
 def assert_same(a, b, tolerance=1e-12):
@@ -384,7 +384,7 @@ def refused(folder):
         given = {"model": model, "args": arguments(folder), "train_dataset": paired()}
         trainer = WeightedSentenceTransformerTrainer(**given, loss=make(model), weighting=method, tasks=tasks)
         trainer.train()
-        return trainer
+        return told(trainer)
 
     def said(kind, *args, **kwargs):
         with pytest.raises(kind) as error:
@@ -409,7 +409,9 @@ def refused(folder):
         "cached": said(ValueError, cached_beside, GRADNORM, None),
         "layers": said(ValueError, layers, GRADNORM, None),
         "by losses": [told(trainer) for trainer in by_losses],
-        "made": told(of_one_batch(lambda model: {n: lambda m, n=n: OneOfTwo(m, n) for n in ("rank", "spread")}, MGDA())),
+        "made": told(
+            of_one_batch(lambda model: {n: lambda m, n=n: OneOfTwo(m, n) for n in ("rank", "spread")}, MGDA())
+        ),
     }
 
 
@@ -438,7 +440,7 @@ def left_alone(folder):
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     folder = tmp_path_factory.mktemp("words")
-    return run_ranks(refused, 1, folder, folder, timeout=200)[0]
+    return run_ranks(refused, 1, folder, folder, timeout=600)[0]
 
 
 def test_what_cannot_be_weighed_is_refused_in_words(words):
@@ -468,7 +470,7 @@ def test_losses_that_are_made_of_the_model(words, one):
 
 
 def test_a_model_is_left_alone(tmp_path):
-    encoded, history_kept, patched, methods = run_ranks(left_alone, 1, tmp_path, tmp_path, timeout=120)[0]
+    encoded, history_kept, patched, methods = run_ranks(left_alone, 1, tmp_path, tmp_path, timeout=300)[0]
     for other in encoded[1:]:
         torch.testing.assert_close(encoded[0], other)
     assert history_kept and not patched
