@@ -173,7 +173,7 @@ def lived_by_hand(life: str, method: Method, built_at: int) -> dict[str, Any]:
             sum(w * loss for w, loss in zip(on_losses, losses, strict=True)).backward()
             z.backward(torch.einsum("k,kn->n", torch.as_tensor(weights), g).view_as(z))
             stepped(model)
-            L, gram = np.array([float(loss) for loss in losses]), (g @ g.T).numpy()
+            L, gram = np.array([loss.item() for loss in losses]), (g @ g.T).numpy()
             weights, state = method.update(state, Statistics(L, [True, True], norms=np.sqrt(np.diag(gram)), gram=gram))
             seen.append((L, np.sqrt(np.diag(gram)), gram, weights))
             step += 1

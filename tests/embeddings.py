@@ -12,6 +12,7 @@ WORDS = ("red", "blue", "green", "round", "square", "big", "small", "old", "new"
 
 def make_model(*, layers: int = 2, seed: int = 0) -> Any:
     """Float64, without dropout, of 8 features; the same on every process."""
+    from safetensors.torch import save_file
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
     from transformers import BertConfig, BertModel
@@ -30,8 +31,10 @@ def make_model(*, layers: int = 2, seed: int = 0) -> Any:
         initializer_range=0.3,
     )
     with tempfile.TemporaryDirectory() as folder:
-        BertModel(config).save_pretrained(folder)
+        config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        weights = {name: value.contiguous() for name, value in BertModel(config).state_dict().items()}
+        save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})  # save_pretrained: on the main process
         transformer = Transformer(folder)
     return SentenceTransformer(modules=[transformer, Pooling(8)], device="cpu").to(torch.float64)
 

@@ -381,8 +381,8 @@ def _never_meet(method: Method) -> ValueError:
     """Inner products of gradients of different samples."""
     return ValueError(
         f"{method!r} compares the directions of the tasks' gradients, and data sets have samples of their own, so that "
-        "at the sentence embedding their inner products are exactly 0. Use a method that compares losses or norms, such "
-        "as GradNorm, or `weighter_options={'shared_layer': …}` with a layer whose output is the sentence embedding."
+        "at the sentence embedding their inner products are exactly 0. Use a method that compares losses or norms, "
+        "such as GradNorm, or `weighter_options={'shared_layer': …}` with a layer whose output is the embedding."
     )
 
 

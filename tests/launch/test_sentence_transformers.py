@@ -187,7 +187,7 @@ def by_hand(folder, kind, method, world, accumulation):
             found = [gradients(model, losses[tasks[k]], features, labels) for k in here]
             sum(weights[k] * loss for k, (loss, _) in zip(here, found, strict=True)).div(blocks).backward()
             for i, (loss, g) in zip(here, found, strict=True):
-                L[i], counts[i], present[i] = L[i] + float(loss), counts[i] + 1, True
+                L[i], counts[i], present[i] = L[i] + loss.item(), counts[i] + 1, True
                 for j, (_, h) in zip(here, found, strict=True):
                     if together:
                         gram[i, j] += float(g @ h) / blocks**2
@@ -408,10 +408,8 @@ def refused(folder):
         "unknown task": said(ValueError, Two, CoVWeighting(), ("rank", "spred")),
         "cached": said(ValueError, cached_beside, GRADNORM, None),
         "layers": said(ValueError, layers, GRADNORM, None),
-        "by losses": [told(trainer) for trainer in by_losses],
-        "made": told(
-            of_one_batch(lambda model: {n: lambda m, n=n: OneOfTwo(m, n) for n in ("rank", "spread")}, MGDA())
-        ),
+        "by losses": by_losses,
+        "made": of_one_batch(lambda model: {n: partial(OneOfTwo, name=n) for n in ("rank", "spread")}, MGDA(), None),
     }
 
 
