@@ -14,7 +14,7 @@ FABRIC, TORCHRUN = (
 )
 NET = FABRIC[: FABRIC.index("fabric = ")]  # model and losses, which the second loop shares
 COMMANDS = {
-    "fabric": [sys.executable, "-m", "lightning_fabric.cli", "run", "--accelerator", "cpu", "--strategy", "ddp"],
+    "fabric": [sys.executable, "-m", "lightning_fabric.cli", "--accelerator", "cpu", "--strategy", "ddp"],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
 }
 

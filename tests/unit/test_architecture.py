@@ -50,7 +50,7 @@ MAY = {
     "branch": {
         *("errors", "gathering", "heads", "join", "rotations", "shared_layer", "statistics", "structures", "tracing"),
     },
-    "reading": {"audit", "branch", "optimizers", "rotations", "statistics", "steps"},
+    "reading": {"audit", "branch", "history", "optimizers", "rotations", "statistics", "steps"},
     "loop": {
         *("audit", "branch", "checks", "errors", "losses", "optimizers", "processes", "rotations", "state"),
         *("statistics", "steps", "verdict", "window"),
