@@ -62,7 +62,7 @@ def sentences(rows: int, seed: int) -> list[str]:
     return [" ".join(WORDS[i] for i in row) for row in drawn]
 
 
-def scored(rows: int = 32, seed: int = 1) -> Any:
+def scored(rows: int = 64, seed: int = 1) -> Any:
     """Pairs with a similarity."""
     from datasets import Dataset
 
@@ -71,7 +71,7 @@ def scored(rows: int = 32, seed: int = 1) -> Any:
     return Dataset.from_dict({**pairs, "score": scores})
 
 
-def paired(rows: int = 32, seed: int = 2, columns: int = 2) -> Any:
+def paired(rows: int = 96, seed: int = 2, columns: int = 2) -> Any:
     """Anchors, positives, and negatives where there are three columns."""
     from datasets import Dataset
 

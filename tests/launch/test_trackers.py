@@ -91,18 +91,22 @@ def read_mlflow(folder):
 
 
 def read_wandb(folder):
+    """Its records: a header of 7 bytes, then pieces of at most 32 KiB, each with checksum, length and kind."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     (file,) = folder.rglob("run-*.wandb")
-    store, found = DataStore(), {}
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        for item in record.history.item:
-            name = item.key or "/".join(item.nested_key)
-            found.setdefault(name, []).append(json.loads(item.value_json))
+    data, at, whole, found = file.read_bytes(), 7, b"", {}
+    while at + 7 <= len(data):
+        if (rest := 32768 - at % 32768) < 7:
+            at += rest
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole, at = whole + data[at + 7 : at + 7 + length], at + 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            record = wandb_internal_pb2.Record.FromString(whole)
+            for item in record.history.item:
+                found.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
+            whole = b""
     return found
 
 
@@ -120,7 +124,7 @@ def read_comet(folder):
 
 def read_clearml(folder):
     found = {}
-    for file in (folder / "clearml").rglob("metrics.jsonl"):
+    for file in folder.rglob("metrics.jsonl"):
         for line in file.read_text().splitlines():
             for event in json.loads(line):
                 found.setdefault(event["variant"], []).append(event["value"])
