@@ -69,11 +69,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step (default: 1)")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW (default: 0.001)")
     parser.add_argument("--seed", type=int, default=0, help="random seed of data, model and order (default: 0)")
-    parser.add_argument(
-        "--save_every", type=int, default=100, help="optimizer steps between checkpoints (default: 100)"
-    )
+    parser.add_argument("--save_every", type=int, default=100, help="steps between checkpoints (default: 100)")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint, if any")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/finetune_embeddings"), help="folder for results")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("runs/finetune_embeddings"),
+        help="folder for results (default: %(default)s)",
+    )
     parser.add_argument("--cpu", action="store_true", help="train on the CPU even if the machine has accelerators")
     return parser.parse_args()
 
@@ -127,6 +130,7 @@ class Spread(nn.Module):
         self.model = model
 
     def forward(self, features: list[dict[str, torch.Tensor]], labels: torch.Tensor | None = None) -> torch.Tensor:
+        """The squared length of the mean embedding."""
         columns = [F.normalize(self.model(column)["sentence_embedding"], dim=-1) for column in features]
         return torch.cat(columns).mean(0).square().sum()
 

@@ -129,9 +129,25 @@ def ended(model: Any, seen: list[Any]) -> dict[str, Any]:
 
 
 def lived(
-    life: str, method: Method, built_at: int, accelerator: Any = None, rows: slice = slice(None), **options: Any
+    life: str,
+    method: Method,
+    built_at: int,
+    trained_from: int = 0,
+    accelerator: Any = None,
+    rows: slice = slice(None),
+    **options: Any,
 ) -> dict[str, Any]:
-    """With a weighter that is built after so many events; before the first one at 0."""
+    """With a weighter that is built after so many events; before the first one at 0. Trained after each from then on.
+
+    Args:
+        life: One of `LIVES`.
+        method: The weighter's.
+        built_at: After how many events the weighter is built.
+        trained_from: After how many the training begins, at the earliest.
+        accelerator: That prepares the model before it is trained.
+        rows: Of the batch, for this process.
+        **options: For the weighter.
+    """
     model: Any = make_net()
     weighter, seen, step = None, [], 0
     for n, event in enumerate((lambda model: model, *LIVES[life])):
@@ -140,7 +156,7 @@ def lived(
         if weighter is None and n >= built_at:
             named = {"heads": {task: f"heads.{task}" for task in TASKS}, "model": model}
             weighter = Weighter(method, TASKS, accelerator=accelerator, **{**named, **options})
-        if weighter is None:
+        if weighter is None or n < trained_from:
             continue
         trained = model if accelerator is None else accelerator.prepare(model)
         for _ in range(2):
@@ -154,7 +170,7 @@ def lived(
 
 
 def lived_by_hand(life: str, method: Method, built_at: int) -> dict[str, Any]:
-    """With gradients at z by `torch.autograd.grad`, and the method's update of statistics made of them."""
+    """The same by hand, trained from `built_at` on: `torch.autograd.grad` at z, and the method's update of that."""
     model: Any = make_net()
     weights, state = method.init(TASKS)
     seen, step = [], 0
