@@ -152,7 +152,8 @@ def lived(
     weighter, seen, step = None, [], 0
     for n, event in enumerate((lambda model: model, *LIVES[life])):
         model = event(model)
-        gc.collect()  # a wrapper that was taken off is gone
+        if event is unloaded:
+            gc.collect()  # the wrapper that was taken off is gone
         if weighter is None and n >= built_at:
             named = {"heads": {task: f"heads.{task}" for task in TASKS}, "model": model}
             weighter = Weighter(method, TASKS, accelerator=accelerator, **{**named, **options})

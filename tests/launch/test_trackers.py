@@ -127,7 +127,7 @@ def read_clearml(folder):
     for file in folder.rglob("metrics.jsonl"):
         for line in file.read_text().splitlines():
             for event in json.loads(line):
-                found.setdefault(event["variant"], []).append(event["value"])
+                found.setdefault(event["metric"], []).append(event["value"])
     return found
 
 
