@@ -103,6 +103,7 @@ class Audit:
         present &= self._measured
         self._attached = branch.attached
         named = {k: losses[self._tasks[k]] for k in sorted(present)}
+        named = {k: loss for k, loss in named.items() if loss.grad_fn is not None}  # a leaf has no graph to walk
         if twins := _twins(named):
             raise errors.one_loss_under_two_names([self._tasks[k] for k in twins])
         walk = Walk(branch.key, len(self._tasks), branch.parametrized, self._at_parameters)

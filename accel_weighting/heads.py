@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from . import checks, errors
-from .modules import Link, heads_by_task, holds, links_on_the_way, name_of
+from .modules import Link, heads_by_task, holder, holds, links_on_the_way, name_of
 
 HeadSpec = nn.Module | str | tuple[nn.Module | str, str]
 """A head: a module, its dotted name, or one of them with the name of the argument that is the shared representation."""
@@ -155,13 +155,15 @@ class Heads:
         self._names = [
             name if isinstance(name, str) else None if model is None else name_of(name, model) for name in names
         ]
+        named = [] if model is None else [holder(name, model) for name in self._names if name is not None]
+        self._holders = list({id(module): weakref.ref(module) for module in named}.values())
         self._hooked: list[weakref.ref[nn.Module]] = []
         self._links: list[list[Link]] = [[] for _ in tasks]
         self._handles: list[RemovableHandle] = []
 
     def find(self) -> list[nn.Module]:
         """The modules in task order: those that the names lead to now, else those that were given."""
-        model = None if self._model is None else self._model()
+        model = self._looked_up_in()
         found: dict[str, nn.Module | str] = {}
         for task, name, module in zip(self.tasks, self._names, self._modules, strict=True):
             given = module()
@@ -220,7 +222,7 @@ class Heads:
             if hooked.rotations is not None:
                 _route_forward(head)
         self._hooked = [weakref.ref(module) for module in modules]
-        model = None if self._model is None else self._model()
+        model = self._looked_up_in()
         self._links = [links_on_the_way(name, model) for name in self._names]
 
     def detach(self) -> None:
@@ -267,9 +269,14 @@ class Heads:
 
     def before_every_forward(self, follow: Callable[[], Any]) -> None:
         """Calls ``follow`` before every forward of the model in which names are looked up."""
-        model = None if self._model is None else self._model()
-        if model is not None:
+        models = [] if self._model is None else [ref() for ref in (self._model, *self._holders)]
+        for model in {id(model): model for model in models if model is not None}.values():
             self._handles.append(model.register_forward_pre_hook(_Follow(follow)))
+
+    def _looked_up_in(self) -> nn.Module | None:
+        """The model in which names are looked up; what it wrapped, where it was a wrapper that is gone."""
+        model = None if self._model is None else self._model()
+        return self._holders[0]() if model is None and len(self._holders) == 1 else model
 
     def _is_part_of(self, module: nn.Module) -> bool:
         """Whether a head, hooked or found now, is in the module."""

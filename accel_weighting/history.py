@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -147,3 +150,43 @@ def _index(item: Any, known: Sequence[Any]) -> int:
 def _select(x: Tensor, columns: Sequence[int], missing: float) -> NDArray[Any]:
     """Columns of the last dimension, ``missing`` where there is none."""
     return torch.cat([x, x.new_full((*x.shape[:-1], 1), missing)], -1)[..., columns].numpy().copy()
+
+
+# ---- names for trackers ------------------------------------------------------------------------------------------
+
+PLAIN = re.compile(r"[\w\-.: ]+(/[\w\-.: ]+)*", re.ASCII)
+"""What every tracker takes, but for parts that are ``.`` or ``..``."""
+
+
+@functools.lru_cache(maxsize=16)
+def tracker_names(names: tuple[str, ...]) -> dict[str, str]:
+    """``{name: name that every tracker takes}``, different for different names.
+
+    Accents are dropped, and other characters become ``_``; where names are alike then, also after TensorBoard, which
+    takes neither spaces nor colons, a number is appended.
+
+    Example:
+        >>> tracker_names(("loss/naïve", "loss/日", "loss/月", "loss/a b"))
+        {'loss/naïve': 'loss/naive', 'loss/日': 'loss/_', 'loss/月': 'loss/_2', 'loss/a b': 'loss/a b'}
+    """
+    found: dict[str, str] = {}
+    taken = set[str]()
+    for name in sorted(names, key=lambda name: _plain(name) != name):  # those that stay as they are come first
+        plain, number = _plain(name), 1
+        while (seen := re.sub("[ :]", "_", plain)) in taken:
+            number += 1
+            plain = f"{_plain(name)}{number}"
+        taken.add(seen)
+        found[name] = plain
+    return {name: found[name] for name in names}
+
+
+def _plain(name: str) -> str:
+    """The name in characters that every tracker takes."""
+    parts = name.split("/")
+    if PLAIN.fullmatch(name) and not {".", ".."} & set(parts):
+        return name
+    letters = (unicodedata.normalize("NFKD", part) for part in parts)
+    bare = ("".join(c for c in part if not unicodedata.combining(c)) for part in letters)
+    plain = (re.sub(r"[^\w\-.: ]", "_", part, flags=re.ASCII) for part in bare)
+    return "/".join("_" if part in ("", ".", "..") else part for part in plain)

@@ -29,9 +29,19 @@ def links_to(name: str, model: nn.Module) -> list[tuple[nn.Module, str, nn.Modul
     module, links = unwrapped(model), []
     for part in name.split("."):
         child = getattr(module, part)
-        links.append((module, part, child))
+        links.append((holder(part, module), part, child))
         module = unwrapped(child)
     return links
+
+
+def holder(name: str, model: nn.Module) -> nn.Module:
+    """The module that holds the first part of a dotted name. PEFT's wrappers answer for the model that they wrap."""
+    module, part = unwrapped(model), name.split(".")[0]
+    if part in module._modules:
+        return module
+    child = getattr(module, part, None)
+    holders = (m for m in module.modules() if m._modules.get(part) is child)
+    return module if child is None else next(holders, module)
 
 
 def name_of(module: nn.Module, model: nn.Module) -> str | None:

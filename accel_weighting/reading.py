@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .audit import Audit
 from .branch import Branch
+from .history import tracker_names
 from .optimizers import OptimizerWatch
 from .rotations import Rotations, no_rotations
 from .statistics import Method, Statistics
@@ -58,6 +59,7 @@ class Readings:
     def log_values(self) -> dict[str, float]:
         """Floats for ``accelerator.log``: weights, and losses, norms and cosines of the last step. No collective.
 
+        Names are those of the tasks, in ASCII and without what some tracker refuses: ``loss/naïve`` is ``loss/naive``.
         ``weighting/skipped_steps`` counts the steps whose weights were held, ``weighting/limited_steps`` those in which
         ``max_growth`` acted.
         """
@@ -68,7 +70,9 @@ class Readings:
             counts["weighting/limited_steps"] = float(state.growth.limited_steps)
         if state.healed:
             counts["weighting/healed_steps"] = float(state.healed)
-        return {**weights, **state.history.latest, **state.extras, **counts}
+        values = {**weights, **state.history.latest, **state.extras, **counts}
+        names = tracker_names((*state.history.names, *(f"loss/{name}" for name in self._steps.layout.extras)))
+        return {names.get(name, name): value for name, value in values.items()}
 
     def describe(self) -> str:
         """One line for a model card or a tracker's configuration: the method, the tasks and their weights."""

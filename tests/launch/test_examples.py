@@ -105,6 +105,22 @@ def test_finetune_trainer(tmp_path):
     assert "train/weight/topic" in events(tmp_path / "whole" / "tensorboard")
 
 
+@pytest.mark.parametrize(("options", "tasks"), [((), ["pairs", "scores"]), (("--together",), ["rank", "spread"])])
+def test_finetune_embeddings(tmp_path, options, tasks):
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    options = (*options, "--batch_size", 4, "--accumulation", 2, "--save_every", 4)
+    output, whole = train("finetune_embeddings", tmp_path / "whole", *options, "--steps", 6)
+    train("finetune_embeddings", tmp_path / "part", *options, "--steps", 4)
+    assert (tmp_path / "part" / "checkpoint-4" / "weighter.pt").exists()
+    _, resumed = train("finetune_embeddings", tmp_path / "part", *options, "--steps", 6, "--resume")
+    run = whole["runs"]["gradnorm"]
+    assert resumed["runs"] == whole["runs"]
+    assert list(run["weights"]) == tasks and len(run["history"]) == 6
+    assert max(abs(weight - 1) for weight in run["weights"].values()) > 1e-3
+    assert re.search(r"^topic, accuracy of triplets +\d\.\d+$", output, re.MULTILINE), output
+    assert (tmp_path / "whole" / "model" / "modules.json").exists()
+
+
 def test_multi_loss_with_two_weighters(tmp_path):
     options = ("--adversarial", "--batch_size", 8, "--accumulation", 2)
     output, whole = assert_resumed("multi_loss", tmp_path, options)
@@ -261,8 +277,13 @@ def test_finetune_domains_on_two_processes_is_two_micro_batches_on_one(tmp_path)
     assert re.search(r"^gradnorm +\d\.\d+ \(\d\.\d+ to \d\.\d+\) +\d", output, re.MULTILINE), output
 
 
-@pytest.mark.parametrize("script", ["autoencoder_gan", "finetune_text", "finetune_trainer", "multi_loss"])
+SCRIPTS = ["autoencoder_gan", "finetune_text", "finetune_trainer", "finetune_embeddings", "multi_loss"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_the_command_and_the_defaults(script):
+    if script == "finetune_embeddings":
+        pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     code, output = run_to_end(sys.executable, f"examples/{script}.py", "--help", COLUMNS="120")
     assert code == 0, output
     assert f"accelerate launch --config_file launch_configs/cpu_2.yaml examples/{script}.py --cpu" in output

@@ -55,7 +55,7 @@ MAY = {
         *("errors", "gathering", "heads", "join", "parameters", "rotations", "rows", "shared_layer", "statistics"),
         *("structures", "tracing"),
     },
-    "reading": {"audit", "branch", "optimizers", "rotations", "statistics", "steps"},
+    "reading": {"audit", "branch", "history", "optimizers", "rotations", "statistics", "steps"},
     "loop": {
         *("audit", "branch", "checks", "errors", "losses", "optimizers", "processes", "rotations", "state"),
         *("statistics", "steps", "verdict", "window"),
@@ -67,7 +67,7 @@ MAY = {
         *("optimizers", "parameters", "processes", "reading", "rotations", "shared_layer", "sharing"),
         *("state", "statistics", "steps", "verdict", "window"),
     },
-    "integrations": {"losses", "statistics", "weighter", "integrations"},
+    "integrations": {"losses", "methods", "statistics", "weighter", "integrations"},
     "selfcheck": {"__init__", "processes", "selfcheck"},
     "__init__": {"methods", "plot", "statistics", "weighter"},
 }
