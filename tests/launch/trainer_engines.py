@@ -23,9 +23,11 @@ def arguments(engine):
         return {"fsdp": True, "fsdp_config": sharded}
     if engine.startswith("zero"):
         zero = {"stage": int(engine[-1]), "stage3_param_persistence_threshold": 0}
-        auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
-        config = {**auto, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
-        return {"deepspeed": config, "use_cpu": False, "accelerator_config": {"use_configured_state": True}}
+        filled_in = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+        config = {**dict.fromkeys(filled_in, "auto"), "zero_optimization": zero, "zero_allow_untested_optimizer": True}
+        # A clipping of 0 is taken for none given, and ends in clipping at 1.
+        more = {"max_grad_norm": 1e9, "accelerator_config": {"use_configured_state": True}}
+        return {"deepspeed": config, "use_cpu": False, **more}
     return {}
 
 
