@@ -14,7 +14,7 @@ def make_model(*, layers: int = 2, seed: int = 0) -> Any:
     """Float64, without dropout, of 8 features; the same on every process."""
     from safetensors.torch import save_file
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import BertConfig, BertModel
 
     tokenizer = make_tokenizer()

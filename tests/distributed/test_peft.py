@@ -10,7 +10,7 @@ from accel_weighting import MGDA, GradNorm
 from tests.adapters import LIVES, ROWS, assert_same, lived, lived_by_hand
 from tests.ranks import accelerator_for, run_ranks
 
-pytest.importorskip("peft", reason="PEFT is not installed")
+pytest.importorskip("peft", "0.21", reason="PEFT 0.21 is not installed")
 
 METHODS = {"GradNorm": GradNorm(lr=0.1), "MGDA": MGDA()}
 CELLS = [cell for life, events in LIVES.items() for cell in ((life, 0, "GradNorm"), (life, len(events), "MGDA"))]
@@ -31,7 +31,7 @@ def on_two_processes() -> dict[Any, Any]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    return run_ranks(on_two_processes, 2, tmp_path_factory.mktemp("two"), timeout=300)
+    return run_ranks(on_two_processes, 2, tmp_path_factory.mktemp("two"), timeout=600)
 
 
 @pytest.mark.parametrize(("life", "built_at", "name"), CELLS)

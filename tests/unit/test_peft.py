@@ -10,7 +10,7 @@ import torch
 from accel_weighting import MGDA, CoVWeighting, GradNorm, RotoGrad, Weighter
 from tests.adapters import LIVES, TASKS, assert_same, data, lived, lived_by_hand, lora, losses_of, make_net, wrapped
 
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
+peft = pytest.importorskip("peft", "0.21", reason="PEFT 0.21 is not installed")
 
 METHODS = {"GradNorm": GradNorm(lr=0.1), "MGDA": MGDA()}
 BUILT = [(life, at) for life, events in LIVES.items() for at in range(len(events) + 1)]
