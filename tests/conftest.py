@@ -59,7 +59,7 @@ CASES: dict[str, int | dict[str, int]] = {
     },
     "distributed/test_lag_zero.py": {
         "test_any_number_of_processes_is_one_process_on_their_rows_together": 3,
-        "test_different_tasks_on_different_processes_neither_wait_nor_mix": 2,
+        "test_different_tasks_on_different_processes_neither_wait_nor_mix": 1,
         "test_many_steps_many_times_end_alike": 0,
     },
     "distributed/test_lifetime.py": 0,
@@ -108,6 +108,9 @@ CASES: dict[str, int | dict[str, int]] = {
     },
     "unit/test_state_machine.py": {
         "runTest": 1,
+    },
+    "unit/test_taps.py": {
+        "test_memory_of_a_large_representation": 1,
     },
 }
 """Slow files and tests, and how many cases of each the short run takes: the first ones."""

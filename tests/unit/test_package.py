@@ -34,6 +34,21 @@ def test_the_changes_of_this_version_are_dated() -> None:
     assert re.fullmatch(rf"\[{re.escape(VERSION)}\] - \d{{4}}-\d\d-\d\d", heads[1])
 
 
+def test_the_lowest_versions_are_those_that_are_declared() -> None:
+    """constraints-lowest.txt pins every lower bound that what is tested on lowest versions has."""
+    declared = (ROOT / "pyproject.toml").read_text()
+    needed = declared.partition("dependencies = [")[2].partition("\n]\n")[0]
+    extras = [
+        re.search(rf"^{name} = \[(.*?)\](?: +#.*)?$", declared, re.M | re.S)
+        for name in ("torchjd", "trainer", "examples")
+    ]
+    bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)[^"]*"', needed + "".join(found[1] for found in extras if found)))
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert len(bounds) >= 9 and pinned.keys() == bounds.keys()
+    assert all((pinned[name] + ".").startswith(f"{bound}.") for name, bound in bounds.items())
+
+
 # ---- launch configurations ----------------------------------------------------------------------------------------
 
 
