@@ -35,7 +35,7 @@ def test_the_changes_of_this_version_are_dated() -> None:
 
 
 def test_the_lowest_versions_are_those_that_are_declared() -> None:
-    """constraints-lowest.txt pins every lower bound that what is tested on lowest versions has."""
+    """.ci/lowest.txt pins every lower bound that what is tested on lowest versions has."""
     declared = (ROOT / "pyproject.toml").read_text()
     needed = declared.partition("dependencies = [")[2].partition("\n]\n")[0]
     extras = [
@@ -43,7 +43,7 @@ def test_the_lowest_versions_are_those_that_are_declared() -> None:
         for name in ("torchjd", "trainer", "examples")
     ]
     bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)[^"]*"', needed + "".join(found[1] for found in extras if found)))
-    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    lines = (ROOT / ".ci/lowest.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
     assert len(bounds) >= 9 and pinned.keys() == bounds.keys()
     assert all((pinned[name] + ".").startswith(f"{bound}.") for name, bound in bounds.items())
