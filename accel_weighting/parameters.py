@@ -40,6 +40,7 @@ class _Shared:
         start: Its first place in a task's row.
         named: Whether the label is a name to look it up by.
         given: The parameter itself where it was given, and no name of it is known.
+        model: The model in which the label is its name, another network of the same class is not; or None.
         owners: The modules that hold it, and under which attribute.
         links: The modules on the way to the first of them.
     """
@@ -50,6 +51,7 @@ class _Shared:
     start: int
     named: bool
     given: Callable[[], Tensor | None]
+    model: weakref.ref[nn.Module] | None = None
     owners: list[tuple[weakref.ref[nn.Module], str]] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
 
@@ -96,12 +98,13 @@ class SharedParameters:
     def _add(self, one: Any, model: nn.Module | None) -> None:
         if not isinstance(one, (str, nn.Parameter)):
             raise _no_parameter(one)
+        where = model
         if isinstance(one, str):
             if model is None:
                 raise _name_without_model(one)
             label, parameter = _find(one, model)
         else:
-            label, parameter = self._label(one), one
+            (label, where), parameter = self._name(one), one
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise _lazy(label)
         if not parameter.requires_grad:
@@ -110,16 +113,17 @@ class SharedParameters:
             raise _twice(label)
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed leaves an empty tensor in its place
         numbers = math.prod(shape) * (2 if parameter.is_complex() else 1)
-        named = isinstance(one, str) or label != _nameless(len(self._shared))
-        self._shared.append(_Shared(label, shape, numbers, self.numbers, named, weakref.ref(parameter)))
+        ref = None if where is None else weakref.ref(unwrapped(where))
+        given = weakref.ref(parameter)
+        self._shared.append(_Shared(label, shape, numbers, self.numbers, where is not None, given, ref))
 
-    def _label(self, parameter: nn.Parameter) -> str:
-        """The name of a parameter in the first model that has it."""
+    def _name(self, parameter: nn.Parameter) -> tuple[str, nn.Module | None]:
+        """The name of a parameter in the first model that has it, and that model."""
         for model in self._models():
             for name, other in parameter_names(model):
                 if other is parameter:
-                    return name
-        return _nameless(len(self._shared))
+                    return name, model
+        return _nameless(len(self._shared)), None
 
     @property
     def numbers(self) -> int:
@@ -215,7 +219,8 @@ class SharedParameters:
 
     @staticmethod
     def _look_for(shared: _Shared, models: Sequence[nn.Module]) -> None:
-        for model in models:
+        its = None if shared.model is None else shared.model()
+        for model in models if its is None else (its, *models):
             path, _, name = shared.label.rpartition(".")
             owner = locate(path, model) if path else unwrapped(model)
             parameter = None if owner is None else owner._parameters.get(name)

@@ -89,6 +89,23 @@ def test_statistics_and_gradients_are_those_by_hand(given: str) -> None:
     assert "every loss passes its own alias alone" in weighter.summary()
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_another_network_of_the_same_class_is_not_taken_for_it(place: int) -> None:
+    """An accelerator has prepared both, and their parameters have the same names."""
+    nets = [PINN(), PINN()]
+    net = nets[place]
+    parameters = [net.body.hidden.weight, net.body.hidden.bias]
+    accelerator = fake_accelerator(_models=[nn.DataParallel(one) for one in nets])
+    weighter = weighter_on(net, model=None, shared_parameters=parameters, accelerator=accelerator)
+    for step in range(2):
+        net.zero_grad()
+        weights = weighter.weights
+        with weighter.task("pde"):
+            residual(nets[1 - place], batch(step)["pde"]).square().mean()  # the other one is called too
+        weighter.backward(losses_of(net, batch(step), weighter.task))
+        assert_exact(weighter, net, weights, step)
+
+
 @pytest.mark.parametrize(
     "names", [["last.weight"], ["body.first.weight", "last.bias"], [n for n, _ in PINN().named_parameters()]]
 )
