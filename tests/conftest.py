@@ -44,12 +44,15 @@ CASES: dict[str, int | dict[str, int]] = {
         "test_any_bit_of_weights_state_or_rotations_on_one_process_is_healed_or_raises_in_that_very_step": 0,
         "test_checkpoint_inside_an_accumulation_window_warns_and_resumes_with_a_window_of_one": 0,
         "test_every_dictionary_may_be_in_any_order_on_any_process": 0,
+        "test_nonfinite_windows_are_skipped_as_if_they_had_not_been": 1,
         "test_join_uneven_inputs_is_refused_at_once_on_all_processes": 0,
         "test_three_batches_against_two_under_ddp_time_out_with_the_causes": 0,
         "test_two_weighters_in_opposite_orders_say_so_and_do_not_mix": 0,
     },
     "distributed/test_harness.py": {
+        "test_a_collective_on_one_process_only_times_out": 0,
         "test_every_engine_trains_alike": 0,
+        "test_no_process_is_left_behind": 0,
     },
     "distributed/test_healing.py": 0,
     "distributed/test_invariance.py": {
@@ -58,11 +61,30 @@ CASES: dict[str, int | dict[str, int]] = {
         "test_unequal_and_incomplete_blocks_count_alike_wherever_they_are": 1,
     },
     "distributed/test_lag_zero.py": {
-        "test_any_number_of_processes_is_one_process_on_their_rows_together": 3,
-        "test_different_tasks_on_different_processes_neither_wait_nor_mix": 1,
+        "test_any_number_of_processes_is_one_process_on_their_rows_together": 1,
+        "test_different_tasks_on_different_processes_neither_wait_nor_mix": 0,
         "test_many_steps_many_times_end_alike": 0,
     },
     "distributed/test_lifetime.py": 0,
+    "distributed/test_loops.py": {
+        "test_deepspeed_with_accumulation_raises_no_alarm": 0,
+        "test_round_robin_with_carry_forward_reaches_the_weights_of_all_tasks_in_each_batch": 0,
+        "test_while_the_model_trains_round_robin_moves_the_weights_the_same_way": 0,
+    },
+    "distributed/test_models.py": {
+        "test_several_tensors_on_two_processes": 1,
+    },
+    "distributed/test_parameters.py": {
+        "test_first_order_losses_under_any_engine": 1,
+        "test_what_engines_cannot_do_by_themselves": 0,
+    },
+    "distributed/test_rebuilt.py": 0,
+    "distributed/test_resume.py": {
+        "test_checkpoint_resumed_on_another_number_of_processes_follows_the_uninterrupted_run": 1,
+    },
+    "distributed/test_rotograd_invariance.py": {
+        "test_any_cut_gives_the_same_moments_rotations_and_weights": 1,
+    },
     "distributed/test_shared_layers.py": {
         "test_gradients_at_a_shared_layers_weight": 2,
         "test_norms_that_do_not_wait": 1,
