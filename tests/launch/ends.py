@@ -83,7 +83,7 @@ def fork(args: argparse.Namespace, end: int, local: int, log: Path) -> int:
         MASTER_ADDR=args.address,
         MASTER_PORT=str(args.port + end),
     )
-    globals()["alive"] = train(args.folder / str(end))
+    globals()["alive"] = train((args.checkpoints or args.folder) / str(end))
     sys.exit(0)  # the interpreter ends by itself
 
 
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--node", type=int, default=0, help="which of them this is")
     parser.add_argument("--address", default="127.0.0.1", help="of the first node")
     parser.add_argument("--port", type=int, default=29700, help="the first of ENDS free ports")
+    parser.add_argument("--checkpoints", type=Path, help="an empty folder that all nodes see; one node needs none")
     parser.add_argument("--busy", type=int, default=0, help="processes beside them that take a core each")
     args = parser.parse_args()
     import tests.distributed.setups  # noqa: F401  what every fork needs
