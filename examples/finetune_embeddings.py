@@ -145,6 +145,7 @@ def main() -> None:
         gradient_accumulation_steps=args.accumulation,
         max_steps=args.steps,
         learning_rate=args.lr,
+        lr_scheduler_type="constant",  # so that --resume can go on to more --steps
         seed=args.seed,
         logging_steps=10,
         eval_strategy="steps",
