@@ -145,7 +145,7 @@ def test_every_value_is_read_back(tracker, tmp_path):
     status, output = run_to_end(sys.executable, "-c", code, HOME=str(tmp_path), **ENVIRONMENT)
     assert status == 0, output
     logged, found = json.loads(re.findall(r"^FOUND (.*)$", output, re.M)[-1])
-    # Accelerate writes by torch's writer, which keeps blanks in names, or by tensorboardX, which makes them underscores.
+    # Accelerate writes by torch's writer, which keeps blanks in names, or by tensorboardX, which writes underscores.
     found = {re.sub("[ :]", "_", name) if tracker == "tensorboard" else name: values for name, values in found.items()}
     names = {name: re.sub("[ :]", "_", name) if tracker == "tensorboard" else name for name in logged[-1]}
     assert len(set(names.values())) == len(names) > 4 * len(TASKS)
