@@ -30,11 +30,11 @@ def built(kind, **changes):
     return kind(**given | changes)
 
 
-@pytest.mark.parametrize(("kind", "name", "rule"), FIELDS, ids=str)
+@pytest.mark.parametrize(("kind", "name", "rule"), FIELDS, ids=[f"{kind.__name__}-{name}" for kind, name, _ in FIELDS])
 @pytest.mark.parametrize(
     "value",
     [math.nan, math.inf, "0.5", True, 2.5j, GradNorm, [1.0], {"depth": "1"}, {1: 2.0}, object(), "depth"],
-    ids=str,
+    ids=["nan", "inf", "text", "bool", "complex", "class", "list", "names", "numbers", "object", "task"],
 )
 def test_what_no_rule_allows_is_refused_by_name(kind, name, rule, value):
     assert rule is not None, "a hyperparameter without a rule"
@@ -45,7 +45,7 @@ def test_what_no_rule_allows_is_refused_by_name(kind, name, rule, value):
         built(kind, **{name: value})
 
 
-@pytest.mark.parametrize(("kind", "name", "rule"), FIELDS, ids=str)
+@pytest.mark.parametrize(("kind", "name", "rule"), FIELDS, ids=[f"{kind.__name__}-{name}" for kind, name, _ in FIELDS])
 def test_none_is_allowed_where_it_is_declared(kind, name, rule):
     if rule.optional or "None" in rule.words:
         assert getattr(built(kind, **{name: None}), name) is None
@@ -66,7 +66,7 @@ def test_numbers_are_kept_so_that_their_text_is_the_same_everywhere():
     assert UncertaintyWeighting(classification=["seg"]).classification == ("seg",)
 
 
-@pytest.mark.parametrize("value", [10**400, -(10**400)])
+@pytest.mark.parametrize("value", [10**400, -(10**400)], ids=["large", "small"])
 def test_an_integer_beyond_all_floats_is_no_float(value):
     with pytest.raises(ValueError, match="`lr` must be positive and finite"):
         GradNorm(lr=value)
