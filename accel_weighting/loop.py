@@ -15,7 +15,7 @@ from .audit import Audit
 from .branch import Branch
 from .losses import Bounds, Given, Losses, NumItems, Several
 from .optimizers import OptimizerWatch, hold_gradients
-from .processes import left_waiting
+from .processes import is_zero3, left_waiting
 from .rotations import Rotations, were_folded
 from .state import WeighterState
 from .statistics import Method
@@ -128,7 +128,7 @@ class Loop:
             return self._total(v, extra, paused=self._optimizers.next_repeats)
         paused = self._optimizers.begins()
         self._check_order(paused, given)
-        v = given.vector(self.tasks, self._branch.head_outputs)
+        v = given.vector(self.tasks, self._branch.head_outputs, self._zeros_pass_losses(given))
         self._window.called |= self._branch.called
         self._window.fed |= self._branch.fed
         if self._branch.parameters is not None:
@@ -161,6 +161,15 @@ class Loop:
             raise errors.head_moved_in_a_forward(moved)
         if self._window.due and not paused:
             raise errors.window_not_closed()
+
+    def _zeros_pass_losses(self, given: Given) -> bool:
+        """Whether some task is absent under ZeRO-3, whose processes must all use the same outputs of the model."""
+        if len(given.present) == len(self.tasks) or not is_zero3(self.accelerator):
+            return False
+        left_out = [k for k, task in enumerate(self.tasks) if task not in given.named]
+        if named := [self.tasks[k] for k in left_out if self._branch.head_outputs(k)]:
+            self._verdict.warn_once("left out", _left_out_under_zero3(named), also=True)
+        return True
 
     def _look_for_an_optimizer(self, graph: Callable[[], Sequence[Any]], total: Tensor) -> None:
         """A window opens: an optimizer must have used the gradients of the last one before this backward begins.
@@ -371,6 +380,18 @@ class Loop:
     @property
     def _measuring(self) -> bool:
         return self._unfrozen and (self._progress.step - self.update_after) % self.update_every == 0
+
+
+def _left_out_under_zero3(tasks: Sequence[str]) -> str:
+    """Outputs of the model that one process alone does not use."""
+    names = ", ".join(f"`{task}`" for task in tasks)
+    counts = ", ".join(f'"{task}": 0' for task in tasks)
+    return (
+        f"No loss of {names} came in this micro-batch, and the model is under DeepSpeed's ZeRO-3, where all processes "
+        "must use the same outputs of the model in every backward: else they wait for each other without end, or stop "
+        "with `disagreement on list length`. If another process has such a loss, give one here too, with "
+        f"`num_items={{{counts}}}`. It may be NaN, as the mean over no items is."
+    )
 
 
 def _nested_micro_batch() -> RuntimeError:

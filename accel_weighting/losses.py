@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -80,11 +81,18 @@ class Given:
         present = frozenset([k for k, task in enumerate(tasks) if task in named and k not in empty])
         return cls(named, present, empty, counts, shares)
 
-    def vector(self, tasks: Sequence[str], head_outputs: Callable[[int], list[Tensor]]) -> Tensor:
+    def vector(
+        self, tasks: Sequence[str], head_outputs: Callable[[int], list[Tensor]], whole_graph: bool = False
+    ) -> Tensor:
         """The losses in task order, ``[K]``, float64 if one of them is, else float32.
 
         Absent ones are 0, with a path of zeros to the head if it was called (or else, where a count of 0 said that the
         task is not there, to the loss that came), so that every process finds the same parameters in its graph.
+
+        Args:
+            tasks: Task names.
+            head_outputs: What a task's head gave, tensors with a graph.
+            whole_graph: Whether zeros go through the loss that came with a count of 0 to the head, and not only to it.
         """
         some = next(iter(self.named.values()))
         wide = any(loss.dtype == torch.float64 for loss in self.named.values())
@@ -92,7 +100,7 @@ class Given:
         device, dtype = some.device, torch.float64 if wide else torch.float32
         rows = []
         for k, task in enumerate(tasks):
-            row = self.named[task] if k in self.present else self._zero(k, task, some, head_outputs)
+            row = self.named[task] if k in self.present else self._zero(task, some, head_outputs(k), whole_graph)
             if self.shares is not None and k in self.present and wide:
                 # In the backward the mean's own division by n undoes this multiplication: what arrives at an item is
                 # its part of the mean over the whole window, as exactly as the loss's precision allows.
@@ -100,14 +108,15 @@ class Given:
             rows.append(row if row.dtype == dtype and row.device == device else row.to(device, dtype))
         return torch.stack(rows)
 
-    def _zero(self, k: int, task: str, some: Tensor, head_outputs: Callable[[int], list[Tensor]]) -> Tensor:
-        if torch.is_grad_enabled():
-            sources = head_outputs(k)
-            if not sources and task in self.named and self.named[task].requires_grad:
-                sources = [self.named[task]]
-            if sources:
-                return zero_with_graph(sources)
-        return some.new_zeros(())
+    def _zero(self, task: str, some: Tensor, outputs: list[Tensor], whole_graph: bool) -> Tensor:
+        if not torch.is_grad_enabled():
+            return some.new_zeros(())
+        loss = self.named.get(task)
+        if loss is not None and loss.requires_grad and (whole_graph or not outputs):
+            for output in outputs:
+                output.register_hook(_without_nan)  # type: ignore[no-untyped-call]
+            outputs = [*outputs, loss]
+        return zero_with_graph(outputs) if outputs else some.new_zeros(())
 
     def scale(self, like: Tensor) -> Tensor | None:
         """What every task's gradient is divided by besides its factor, ``[K]``: the reciprocal of its count."""
@@ -126,6 +135,11 @@ class Given:
             return None
         counts = [count or 1.0 for count in self.counts]
         return to_device(torch.tensor(counts, dtype=like.dtype), like.device)
+
+
+def _without_nan(gradient: Tensor) -> Tensor:
+    """Zeros that went back through the mean over no items, which divides by 0."""
+    return gradient.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
 
 
 def _item_counts(

@@ -277,6 +277,13 @@ def _find_group(accelerator: Any) -> tuple[dist.ProcessGroup | None, bool]:
     return mesh["dp_cp"].get_group(), False
 
 
+def is_zero3(accelerator: Any) -> bool:
+    """Whether DeepSpeed divides the parameters, which it gathers in the order in which all processes use them."""
+    if accelerator is None or accelerator.distributed_type.value != "DEEPSPEED":
+        return False
+    return accelerator.num_processes > 1 and accelerator.state.deepspeed_plugin.zero_stage == 3  # type: ignore[no-any-return]
+
+
 @dataclass
 class _Own:
     """What all weighters over the same processes share.

@@ -40,7 +40,9 @@ def by_hand(method):
     return torch.stack(seen), {f"eval_loss/{task}": float(loss) for task, loss in losses.items()}
 
 
-@pytest.mark.parametrize("engine, method", [("ddp", "rotograd"), ("fsdp2", "rotograd"), ("zero2", "rotograd")])
+@pytest.mark.parametrize(
+    "engine, method", [("ddp", "rotograd"), ("fsdp2", "rotograd"), ("zero2", "rotograd"), ("zero3", "gradnorm")]
+)
 def test_the_engine_that_was_asked_for_runs_is_exact_and_resumes(engine, method, tmp_path):
     code, output = run_to_end(*TORCHRUN, "tests.launch.trainer_engines", engine, method, tmp_path)
     assert code == 0, output[-4000:]
