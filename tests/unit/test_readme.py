@@ -193,4 +193,4 @@ def test_the_ci_runs_the_readmes_commands_word_for_word() -> None:
         for command in commands:
             assert [line for line in ci if line == command or line.startswith(f"{command} --output_dir ")], command
     rest = "python -m pytest -n 2 --dist loadfile -m full"
-    assert f"`{rest}`" in TEXTS["README.md"] and rest in ci
+    assert f"`{rest}`" in TEXTS["tests/README.md"] and rest in ci
