@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -164,7 +165,13 @@ def test_every_value_is_read_back(tracker, tmp_path):
 def main(tracker, folder):
     """In a process of its own, since trackers leave threads and settings behind."""
     logged = log_into(tracker, folder)
-    print("FOUND", json.dumps([logged, read(tracker, Path(folder))]))
+    deadline = time.monotonic() + 60
+    found = read(tracker, Path(folder))
+    # W&B's service may still write when its run has finished.
+    while sum(map(len, found.values())) < sum(map(len, logged)) and time.monotonic() < deadline:
+        time.sleep(1)
+        found = read(tracker, Path(folder))
+    print("FOUND", json.dumps([logged, found]))
 
 
 def test_names_of_tasks_are_made_plain():
