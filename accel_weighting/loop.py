@@ -244,7 +244,7 @@ class Loop:
         state, repeats = self._progress, not micro_batch.record and self._optimizers.repeats
         micro_batch.shared_weights = self._bounds.on_device("shared", state.applied if repeats else state.weights, seen)
         if not repeats:
-            state.applied = state.weights
+            state.applied, state.applied_rotations = state.weights, state.rotations
         if self.lag == 0 and micro_batch.record:
             present, counts = given.present, given.counts  # and no loss, which would keep the step's graph
 

@@ -127,12 +127,15 @@ class Readings:
 
     @property
     def rotations(self) -> dict[str, Tensor]:
-        """``{task: R_k}``, ``[m, m]`` each, those that the next forward will use.
+        """``{task: R_k}``, ``[m, m]`` each, those that the next forward will use; see ``weights`` for closures.
 
         Raises:
             RuntimeError: The method does not rotate, or no forward has shown the width of z yet.
         """
-        R = self._steps.settled.rotations
+        state = self._steps.settled
+        R = state.applied_rotations if self._optimizers.next_repeats else None
+        if R is None:
+            R = state.rotations
         if R is None:
             raise no_rotations(repr(self.method), self._rotations)
         return dict(zip(self.tasks, R.clone(), strict=True))

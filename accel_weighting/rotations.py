@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import measure
+from .optimizers import OptimizerWatch
 from .state import WeighterState
 from .statistics import State
 from .window import Layout
@@ -60,22 +61,25 @@ class Rotations:
         method: The rotating method.
         steps: Where the weighter's state is, with the last window taken in.
         layout: The wire format, which learns how many moments there are.
+        passes: Tells a pass that leaves no trace, as a closure's second, which has the rotations of the one before.
 
     Attributes:
         shape: Of z in the last forward; None before the first.
         folded: Whether the rotations are in the heads now.
     """
 
-    def __init__(self, method: RotatingMethod, steps: HasState, layout: Layout) -> None:
+    def __init__(self, method: RotatingMethod, steps: HasState, layout: Layout, passes: OptimizerWatch) -> None:
         self.dim, self.size, self.cooperative = method.dim, method.size, method.cooperative
         self.shape: tuple[int, ...] | None = None
         self.folded = False
-        self._method, self._steps, self._layout = method, steps, layout
+        self._method, self._steps, self._layout, self._passes = method, steps, layout, passes
 
     @torch.inference_mode(False)  # what is kept from here must be of use in training
     def matrices(self, z: Tensor) -> Tensor:
         """``[K, m, m]`` where ``z`` is: float64 for a float64 model, else float32."""
         state = self._steps.settled
+        if state.applied_rotations is not None and self._passes.next_repeats:
+            return state.applied_rotations
         R, width = state.rotations, z.shape[self.dim]
         if R is None or self.shape is None or self.shape[self.dim] != width:
             state.method_state = self._method.widen(state.method_state, width)

@@ -41,6 +41,7 @@ class WeighterState:
         step: Optimizer steps taken.
         weights: Those that the next backward will use, float64 ``[K]``; replaced, never changed in place.
         applied: Those that the last recorded backward used.
+        applied_rotations: The rotations that it used, on the device; None before it.
         loss_weights: What multiplies the losses under a method that acts on the shared path and has such; or None.
         method_state: The method's.
         consecutive_skipped: Steps held in a row that count towards ``max_skipped_steps``.
@@ -68,6 +69,7 @@ class WeighterState:
         self.weights, self.method_state = method.init(tasks, initial_weights)
         _check_arrays(method, self.weights, self.method_state)
         self.applied = self.weights
+        self.applied_rotations: Tensor | None = None
         self.loss_weights: Vector | None = self.get("loss_weights")
         self.statistics: Statistics | None = None
         self.healed = 0
@@ -177,6 +179,7 @@ class WeighterState:
     def forget_rotations(self) -> None:
         """They are in the heads now."""
         self.method_state = {k: v for k, v in self.method_state.items() if _last(k) != "rotations"}
+        self.applied_rotations = None
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
@@ -236,6 +239,7 @@ class WeighterState:
         weights, weight_sum = saved["weights"].numpy().copy(), saved["weight_sum"].numpy().copy()
         if not differences:
             self.weights = self.applied = weights
+            self.applied_rotations = None
             self.method_state = old_state
             self._weight_sum, self._weight_steps = weight_sum, saved["weight_steps"]
             self._load_growth(saved.get("growth"), range(len(weights)), len(weights))
@@ -280,6 +284,7 @@ class WeighterState:
         if method.keeps_sum:
             self._restore_sum(initial, fresh)
         self.applied = self.weights
+        self.applied_rotations = None
 
     def _take_over_rotations(self, old_state: State, rows: Sequence[int | None], fresh: State) -> State:
         """The heads were trained behind their rotations, whatever the method."""

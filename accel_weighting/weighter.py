@@ -146,7 +146,8 @@ class Weighter(Carrying, Sharing, Readings):
         measured = self._measured(parameters is not None)
         self._verdict = Verdict(method, self.tasks, _Facts(me, layout), processes, self._bounds.smallest, measured)
         self._steps = Steps(method, self._progress, layout, processes, self._verdict, self._bounds, self.lag)
-        self._rotations = Rotations(checks.rotating(method), self._steps, layout) if rotates else None
+        watch = self._optimizers = OptimizerWatch()
+        self._rotations = Rotations(checks.rotating(method), self._steps, layout, watch) if rotates else None
         self._branch = Branch(
             self.tasks,
             found,
@@ -165,7 +166,6 @@ class Weighter(Carrying, Sharing, Readings):
             acts, at = not self._on_losses, parameters is not None
             self._audit = Audit(self.tasks, repr(method), acts, warn_once, forbidden, measured, at)
         self._window = Window(layout)
-        self._optimizers = OptimizerWatch()
         self._several = None
         self._registration = Registration(self, accelerator, predecessor)
 

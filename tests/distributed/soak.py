@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from accel_weighting import CarryForward, CoVWeighting, GradNorm, Method, RotoGrad, Statistics, Weighter
+from accel_weighting.growth import growth_of
 from accel_weighting.history import CAPACITY
 from tests.ranks import accelerator_for, run_ranks
 from tests.scenarios import CountCollectives
@@ -288,13 +289,16 @@ class Replay:
         self.weights, self.state = method.init(TASKS)
         if "moments" in method.needs:
             self.state = self.method.widen(self.state, WIDTH)
+        self.growth = growth_of(method, TASKS, 2.0, lag=1)  # which has tests of its own; here its life is looked at
         self.sum, self.steps = np.zeros_like(self.weights), 0
 
     def follow(self, recorded: bool, statistics: Statistics | None) -> None:
         if recorded:
             self.sum, self.steps = self.sum + self.weights, self.steps + 1
         if statistics is not None:
-            self.weights, self.state = self.method.update(self.state, statistics)
+            weights, self.state = self.method.update(self.state, statistics)
+            bounded = self.growth is not None and self.method.settled(self.state)
+            self.weights = self.growth.bound(weights, self.weights, statistics) if bounded else weights
 
 
 @dataclass

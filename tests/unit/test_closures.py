@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from accel_weighting import EqualWeighting
+from accel_weighting import EqualWeighting, RotoGrad
 from tests.small import TASKS
 from tests.unit.test_loops import STEPS, Loop, assert_same, whole
 
@@ -155,3 +155,39 @@ def test_a_pass_after_a_closures_step_finds_the_gradients_used() -> None:
     optimizer.step(lambda: optimizer.zero_grad() or loop.weighter.backward(loop.losses(0)))
     loop.weighter.backward(loop.losses(1))
     assert loop.weighter._progress.step == 2
+
+
+@pytest.mark.parametrize("how", ["paused", "a closure"])
+def test_a_pass_that_repeats_another_has_its_rotations(how: str) -> None:
+    """The same parameters and data give the same gradients, though the step has turned the rotations."""
+    loop = Loop(RotoGrad(lr=0.3))
+    for step in range(3):
+        loop.weighter.backward(loop.losses(step))
+        loop.model.zero_grad()
+    loop.weighter.backward(loop.losses(3))
+    used = [p.grad.clone() for p in loop.model.parameters()]
+    outputs = [loss.item() for loss in loop.losses(3).values()]  # a forward between: with the new rotations
+
+    seen: list[tuple[list[Tensor], list[float], dict[str, Tensor]]] = []
+
+    def again() -> None:
+        loop.model.zero_grad()
+        losses = loop.losses(3)
+        loop.weighter.backward(losses)
+        with torch.no_grad():
+            loop.losses(3)  # an evaluation inside has the same
+        kept = [p.grad.clone() for p in loop.model.parameters()]
+        seen.append((kept, [loss.item() for loss in losses.values()], loop.weighter.rotations))
+
+    if how == "paused":
+        for _ in range(2):
+            with loop.weighter.paused():
+                again()
+    else:
+        torch.optim.SGD(loop.model.parameters(), lr=0.0).step(again)
+    for gradients, values, _ in seen:
+        for g, expected in zip(gradients, used, strict=True):
+            assert torch.equal(g, expected)
+        assert values != outputs
+    turned = loop.weighter.rotations
+    assert all((turned[task] - R).norm() > 1e-3 for task, R in seen[-1][2].items())
