@@ -7,7 +7,7 @@ from tests.distributed.soak import CHANCE, check, run, script
 STEPS, SEED = 300, 11
 
 
-@pytest.mark.parametrize("method", ["gradnorm", "carry"])
+@pytest.mark.parametrize("method", ["gradnorm", "carry", "rotograd"])
 def test_nothing_is_lost_in_300_steps_with_faults(method, tmp_path) -> None:
     turns, faults = script(STEPS, SEED, ranks=2)
     assert set(faults) >= set(CHANCE) and all(faults[kind] for kind in CHANCE), f"a kind that never happens: {faults}"
