@@ -81,7 +81,7 @@ class Branch(Gathering):
     Attributes:
         called: Tasks whose head was called in this forward.
         fed: Tasks whose head, or alias, had a history to send gradients back to.
-        by_rows: Tensors of this forward whose rows belong to tasks.
+        by_rows: Tensors of this forward whose rows belong to tasks, each with the tasks that own some (None: unknown).
         reads: The shapes of what each task shares, as its gradients came first.
         key: By which its joins are known in autograd's graph.
         attached: How often heads were hooked.
@@ -107,7 +107,7 @@ class Branch(Gathering):
         self.owner = owner
         self.called: set[int] = set()
         self.fed: set[int] = set()
-        self.by_rows: list[weakref.ref[Tensor]] = []
+        self.by_rows: list[tuple[weakref.ref[Tensor], frozenset[int] | None]] = []
         self.shared_layer, self.parameters = shared_layer, parameters
         self._tap_above = tap_above
         self._passes, self._needs_gradients, self._warn_once = passes, needs_gradients, warn_once
@@ -254,14 +254,15 @@ class Branch(Gathering):
         """From here the gradient at ``z`` is measured by the owners of its rows."""
         if not torch.is_grad_enabled() or _in_transform() or self._passes() or not z.requires_grad:
             return
-        if any(known() is z for known in self.by_rows):
+        if any(known() is z for known, _ in self.by_rows):
             raise rows_twice()
         rows = Rows.of(z, owner, len(self.tasks))
         inputs = None if self.shared_layer is None else self.shared_layer.input_for(z)
         if self.shared_layer is not None and self.shared_layer.layer.convolution is not None and owner.ndim > 1:
             raise rows_of_features(owner.shape)
         z.register_hook(lambda g: self.at_rows(g, rows, inputs))  # type: ignore[no-untyped-call]
-        self.by_rows.append(weakref.ref(z))
+        rows.mark(z, self.key)
+        self.by_rows.append((weakref.ref(z), rows.owned))
 
     def _rotated(self, z: Tensor, k: int) -> Tensor:
         if self.rotations is None:

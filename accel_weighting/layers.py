@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from . import errors
-from .pieces import in_pieces, piece_size, wide
+from .pieces import copied_size, in_pieces, piece_size, wide
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def weight_gradients_of_rows(layer: Layer, inputs: Tensor, g: Tensor, index: Ten
     index = index.expand(*g.shape[:-whole], *[1] * whole).reshape(*shape[:-whole], *[1] * whole)
     precision = torch.float32 if g.device.type == "mps" else torch.float64
     total = torch.zeros(tasks, *layer.matrix, dtype=precision, device=g.device)
-    for a, part, own in in_pieces([inputs, g.reshape(shape), index], piece_size(g), whole):
+    for a, part, own in in_pieces([inputs, g.reshape(shape), index], copied_size(g) * 2, whole):
         for k in range(tasks):
             rows = own == k
             if g.device.type != "cpu" or bool(rows.any()):

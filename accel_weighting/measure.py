@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .layers import Layer, weight_gradient, weight_gradients_of_rows
-from .pieces import BLOCK, full_precision, in_pieces, is_small, piece_size
+from .pieces import BLOCK, copied_size, full_precision, in_pieces, is_small, piece_size
 from .pieces import wide as wide
 
 TINY, HUGE = 1e-30, 1e36
@@ -226,11 +226,27 @@ def squares_of_rows(g: Tensor, index: Tensor, tasks: int) -> Tensor:
     dtype = torch.float32 if x.device.type == "mps" else torch.float64
     flat = index.flatten()
     total = torch.zeros(tasks + 1, dtype=dtype, device=x.device)
-    for part, own in in_pieces([x.reshape(len(flat), -1), flat.unsqueeze(1)], piece_size(x) // 2, 1):
+    for part, own in in_pieces([x.reshape(len(flat), -1), flat.unsqueeze(1)], copied_size(x), 1):
         squares = part.to(dtype).square().sum(-1).flatten()
         total.index_add_(0, own.flatten().clamp(0, tasks), squares)
     known = ((index >= 0) & (index <= tasks)).all()
     return torch.where(known, total[:tasks], torch.nan)
+
+
+def rows_touched(g: Tensor, index: Tensor, tasks: int) -> Tensor:
+    """Whose rows of a gradient are not 0, bool ``[K + 1]``, the last for rows of none. NaN and infinity are no sign.
+
+    Args:
+        g: The gradient.
+        index: As in ``squares_of_rows``.
+        tasks: K.
+    """
+    x, flat = _real(g), index.flatten()
+    counts = torch.zeros(tasks + 1, dtype=torch.int64, device=x.device)
+    for part, own in in_pieces([x.reshape(len(flat), -1), flat.unsqueeze(1)], copied_size(x), 1):
+        there = ((part != 0) & part.isfinite()).any(-1).flatten()
+        counts.index_add_(0, own.flatten().clamp(0, tasks), there.long())
+    return counts > 0
 
 
 def layer_gradients_of_rows(g: Tensor, index: Tensor, tasks: int, layer: Layer, inputs: Tensor) -> Tensor:

@@ -33,6 +33,12 @@ def piece_size(x: Tensor) -> int:
     return PIECE_ON_CPU if x.device.type == "cpu" else PIECE_BYTES // x.element_size()
 
 
+def copied_size(x: Tensor) -> int:
+    """How many elements of it are copied at once where each copy is wider: on a CPU next to nothing of the whole."""
+    size = piece_size(x) // 2
+    return min(size, max(1 << 13, x.numel() // 64)) if x.device.type == "cpu" else size
+
+
 def is_small(x: Tensor, tasks: int) -> bool:
     """Whether so many tensors like this one are small."""
     return tasks * x.numel() <= (SMALL_ON_CPU if x.device.type == "cpu" else SMALL)

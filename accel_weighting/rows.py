@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+KEY = "accel_weighting rows"
+"""By which, with the key of its branch, the node of a tensor whose rows belong to tasks is known."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -37,6 +40,12 @@ class Rows:
             owned = frozenset(found - {-1})
         index = owner.to(z.device, torch.int64, non_blocking=True)
         return cls(torch.where(index == -1, tasks, index), owned)
+
+    def mark(self, z: Tensor, key: int) -> None:
+        """Says to who walks the graph that the rows of ``z`` belong to tasks; it is kept as long as the graph is."""
+        edge = torch.autograd.graph.get_gradient_edge(z)
+        known: Any = edge.node.metadata
+        known.setdefault((KEY, key), {})[edge.output_nr] = self
 
     def weights(self, w: Tensor, z: Tensor) -> Tensor:
         """The weight of every row's task, 1 for rows of none, of the shape that multiplies ``z``."""

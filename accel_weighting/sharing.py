@@ -49,8 +49,8 @@ class Sharing(Loop):
     def rows(self, z: Tensor, owner: Tensor) -> Tensor:
         """Tasks own samples and no heads: gradients at ``z`` are measured by the owner of each row.
 
-        For data sets, domains or languages behind one head. Each loss is computed from the rows of its own task, which
-        this does not look at. Gives norms; with ``shared_layer`` inner products at its weight too.
+        For data sets, domains or languages behind one head. Each loss is computed from the rows of its own task; that
+        is looked at once, by the value of its gradient at ``z``. Gives norms; with ``shared_layer`` inner products at its weight too.
 
         Args:
             z: The shared representation, ``[batch, …]``.
@@ -63,7 +63,8 @@ class Sharing(Loop):
 
         Raises:
             TypeError, ValueError: ``owner`` breaks a rule, or the method needs inner products without ``shared_layer``.
-            RuntimeError: The weighter was built with ``heads`` or ``shared_parameters``.
+            RuntimeError: The weighter was built with ``heads`` or ``shared_parameters``. A loss whose gradient comes to
+                rows of another task is an error of ``backward``, where the method compares gradients.
         """
         branch = self._branch
         check_rows(z, owner)

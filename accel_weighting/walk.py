@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from .aliases import KEY
 from .join import VIEWS
+from .rows import KEY as ROWS
+from .rows import Rows
 
 OPAQUE = re.compile(r"(CompiledFunction|CheckpointFunction|.*DifferentiableGraph|.*ScriptFunction|.*GraphModule).*")
 """Nodes in which a part of the graph, and perhaps the branch itself, is hidden."""
@@ -54,13 +56,17 @@ class Walk:
         tasks: K.
         parametrized: Nodes of parameters that were computed once for several uses.
         at_parameters: Whether tasks part at aliases of parameters; what is below those is a parameter itself.
+        by_rows: Whether there are tensors whose rows belong to tasks; bit K of what is reached stands for them.
     """
 
-    def __init__(self, key: int, tasks: int, parametrized: set[Node], at_parameters: bool = False) -> None:
+    def __init__(
+        self, key: int, tasks: int, parametrized: set[Node], at_parameters: bool = False, by_rows: bool = False
+    ) -> None:
         self.joins: dict[Node, None] = {}  # in the order of the walk
         self.forbids: str | None = None
         self._key, self._tasks, self._at_parameters = key, tasks, at_parameters
-        self._parametrized = parametrized
+        self._parametrized, self._by_rows = parametrized, by_rows
+        self._rows: dict[Node, dict[int, Rows]] = {}
         self._children: dict[Place, list[Place]] = {}
         self._order: list[Place] = []  # children come before their parents
         self._hidden: dict[Place, str] = {}
@@ -104,12 +110,16 @@ class Walk:
     def _open(self, place: Place) -> None:
         node = place[0]
         name = node.name()
-        if self._parts(node, name):
+        if self._by_rows and (rows := node.metadata.get((ROWS, self._key))) is not None:
+            self.joins[node], self._rows[node] = None, rows
+        elif self._parts(node, name):
             self.joins[node] = None
-        elif OPAQUE.fullmatch(name):
+        elif OPAQUE.fullmatch(name) or (self._by_rows and _is_foreign(node)):
             self._hidden[place] = name.removesuffix("Backward")
         elif name == "_DDPSinkBackward" and getattr(node.ddp_weakref(), "static_graph", False):
             self.forbids = "DDP with static_graph"
+        elif name == "RegisterPostBackwardFunctionBackward":
+            self.forbids = "FSDP2"
         self._children[place] = _children(place, name)
 
     def _parts(self, node: Node, name: str) -> bool:
@@ -141,25 +151,36 @@ class Walk:
         reach = 0
         for child in self._children[place]:
             reach |= self._reach[child]
-        if place[0] in self.joins:
+        if place[0] in self._rows:
+            reach |= 1 << self._tasks
+        elif place[0] in self.joins:
             reach |= 1 << self._task(place)
         self._reach[place] = reach
 
     # ---- reading -----------------------------------------------------------------------------------------------
 
     def reach(self, loss: Tensor) -> int:
-        """The tasks whose aliases a loss reaches."""
+        """The tasks whose aliases a loss reaches, bit k for task k, and bit K for tensors by rows."""
         return self._reach[_place(loss.grad_fn, loss.output_nr)]
+
+    def rows(self) -> list[tuple[Any, Rows]]:
+        """Where gradients of tensors arrive whose rows belong to tasks, and whose they are."""
+        edge = torch.autograd.graph.GradientEdge
+        return [(edge(node, i), rows) for node, by_output in self._rows.items() for i, rows in by_output.items()]
 
     def edges(self, task: int) -> list[Any]:
         """Where gradients of this task's aliases arrive."""
         edge, found = torch.autograd.graph.GradientEdge, []
-        for node in self.joins:
+        for node in self._aliased():
             if _is_join(node):
                 found += [edge(node, t * self._tasks + task) for t in range(node.tensors)]
             elif self._of_one(node) == task:
                 found.append(edge(node, 0))
         return found
+
+    def _aliased(self) -> list[Node]:
+        """Where tasks part by aliases."""
+        return [node for node in self.joins if node not in self._rows]
 
     def above(self, loss: Tensor) -> Above:
         """What a loss reaches without passing the branch, to where the trunk begins."""
@@ -203,9 +224,10 @@ class Walk:
 
         Views of one tensor are that tensor: gradients are of one length there.
         """
-        if len(self.joins) < 2:
+        joins = self._aliased()
+        if len(joins) < 2:
             return []
-        own = {k: [join for join in self.joins if self._came(join, k)] for k in tasks}
+        own = {k: [join for join in joins if self._came(join, k)] for k in tasks}
         found = []
         for a, b in combinations(tasks, 2):
             met = any(x is y or self._bases(x) == self._bases(y) for x in own[a] for y in own[b])
@@ -262,6 +284,12 @@ def _place(node: Node, output: int) -> Place:
 
 _POINTS = ("JoinBackward", "_TapBackward")
 """Where tasks part: at one join of all, or at a tap for each."""
+
+
+def _is_foreign(node: Node) -> bool:
+    """Whether a backward is somebody's own Python, which may not bear to run twice (some change what they saved)."""
+    function = getattr(node, "_forward_cls", None)
+    return function is not None and function.__module__.split(".")[0] not in ("torch", __package__)
 
 
 def _is_join(node: Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,56 @@ def test_rows_are_those_of_the_whole_batch(engine: str, world: int, micro: int, 
                 assert (gram is not None) == at_layer
                 if gram is not None:
                     torch.testing.assert_close(gram, G @ G.T, rtol=1e-12, atol=1e-15)
+
+
+# ---- losses that read rows of another task ---------------------------------------------------------------------------
+
+
+def audited(engine: Any, crossed: bool) -> tuple[str, list[str], Any, dict[str, str]]:
+    """The error, what was said, and what the audit found in two steps of three micro-batches."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("accel_weighting").addHandler(handler)
+    accelerator = accelerator_for(engine, gradient_accumulation_steps=3)
+    net = model()
+    prepared, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    weighter = Weighter(GradNorm(), TASKS, accelerator=accelerator, model=prepared)
+    net.rows = weighter.rows
+    world, rank = accelerator.num_processes, accelerator.process_index
+    error = ""
+    for step in range(2):
+        x, owner = batch(step)
+        owner = owner.clamp(0)  # some block would have no rows of any task
+        for i in range(rank * 3, (rank + 1) * 3):
+            points, owners = x.chunk(world * 3)[i], owner.chunk(world * 3)[i]
+            owners = owners.unsqueeze(1).expand(-1, 3)  # of tokens
+            with accelerator.accumulate(prepared):
+                output = prepared(points, owners)
+                losses = losses_of(output, owners)
+                if crossed:
+                    losses |= {task: output.square().mean() for task in list(losses)[-1:]}
+                try:
+                    weighter.backward(losses)
+                except RuntimeError as e:
+                    error = str(e)
+                if error:
+                    return error, said, weighter._audit.findings.crossed, {}  # type: ignore[union-attr]
+                optimizer.step()
+                optimizer.zero_grad()
+    found = weighter._audit.findings
+    assert found is not None
+    return error, said, found.crossed, found.unasked
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_losses_of_their_own_rows_raise_no_alarm(engine: str, tmp_path: Path) -> None:
+    for error, said, crossed, unasked in run_ranks(audited, 2, tmp_path, engine, False, timeout=120):
+        assert not error and not said and not crossed
+        assert set(unasked.values()) == ({"FSDP2"} if engine == "fsdp2" else set())
+
+
+def test_a_loss_that_reads_rows_of_others_is_refused_by_names(tmp_path: Path) -> None:
+    for error, _, crossed, _ in run_ranks(audited, 2, tmp_path, "ddp", True, timeout=120):
+        task, other = crossed[0]
+        assert f"the gradient of loss `{task}` comes to rows of `{other}`" in error

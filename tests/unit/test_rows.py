@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -322,3 +326,275 @@ def test_an_owner_that_cannot_be_looked_at_holds_the_weights() -> None:
     g = torch.randn(8, 5)
     for index in (OWNERS + 2, OWNERS - 5):
         assert measure.squares_of_rows(g, index, 3).isnan().all()
+
+
+# ---- losses that read rows of another task ---------------------------------------------------------------------------
+
+
+def crossed_losses(output: Tensor, owner: Tensor) -> dict[str, Tensor]:
+    """`code` forgot its mask."""
+    return losses_of(output, owner) | {"code": output.square().mean()}
+
+
+@pytest.mark.parametrize("owner", [OWNERS, OWNERS_OF_TOKENS], ids=["samples", "tokens"])
+@pytest.mark.parametrize("recompute", [None, False], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(GradNorm(), {}), (IMTLG(), {"shared_layer": "layer"}), (MGDA(), {"shared_layer": "layer"})],
+    ids=["GradNorm", "IMTLG at a layer", "MGDA at a layer"],
+)
+def test_a_loss_that_reads_rows_of_others_is_refused_by_names(
+    owner: Tensor, recompute: bool | None, method: Method, options: Any
+) -> None:
+    net = Net(recompute=recompute)
+    weighter = on(net, method, **options)
+    with pytest.raises(RuntimeError, match="loss `code` comes to rows of `news`, the gradient") as e:
+        weighter.backward(crossed_losses(net(inputs(), owner), owner))
+    assert repr(method) in str(e.value) and "rows of `law`" in str(e.value) and "its mask" in str(e.value)
+    assert "loss `news`" not in str(e.value) and "loss `law`" not in str(e.value)
+    assert all(p.grad is None for p in net.parameters())
+    weighter.reset()
+    weighter.backward(losses_of(net(inputs(), owner), owner))  # and it goes on
+
+
+def test_what_mixes_rows_behind_them_is_refused() -> None:
+    net = Net()
+    net.head = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(15), nn.Linear(15, 2)).double()  # type: ignore[assignment]
+    weighter = on(net)
+    with pytest.raises(RuntimeError, match=r"loss `news` comes to rows of `code`.* a batch norm"):
+        weighter.backward(losses_of(net(inputs(), OWNERS), OWNERS))
+
+
+def test_rows_that_come_later_are_looked_at_then() -> None:
+    """The first batches hold rows of one task each; a loss that reads all rows is seen where others' come."""
+    net = Net()
+    weighter = on(net)
+    for k, task in enumerate(TASKS):
+        owner = torch.full((8,), k)
+        weighter.backward({task: net(inputs(k), owner).square().mean()})
+        net.zero_grad()
+    with pytest.raises(RuntimeError, match="loss `code` comes to rows of `news`"):
+        weighter.backward(crossed_losses(net(inputs(), OWNERS), OWNERS))
+
+
+def test_a_gradient_at_rows_of_nobody_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    net = Net()
+    weighter = on(net)
+    for step in range(2):
+        output = net(inputs(step), OWNERS)
+        law = output[(OWNERS == 2) | (OWNERS == -1)].square().mean()
+        weighter.backward(losses_of(output, OWNERS) | {"law": law})
+        net.zero_grad()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and "The gradient of loss `law` also comes to rows that `owner`" in said[0]
+    assert "loss `law` reaches rows of no task" in weighter.summary()
+
+
+def test_what_passes_the_rows_by_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    net = Net()
+    weighter = on(net)
+    early = torch.tanh(net.embed(inputs()))
+    losses = losses_of(net.top(early, OWNERS), OWNERS)
+    weighter.backward(losses | {"law": losses["law"] + early.square().mean()})
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and "around `z` in `weighter.rows(z, owner)` (loss `law` at the trunk's Tanh)" in said[0]
+
+
+SEPARATE = {
+    "rows taken out": losses_of,
+    "a mask": lambda output, owner: {
+        task: (output.square().mean((1, 2)) * (owner == k)).sum() for k, task in enumerate(TASKS)
+    },
+    "zeros in place of the others": lambda output, owner: {
+        task: output.where((owner == k)[:, None, None], 0.0).square().mean() for k, task in enumerate(TASKS)
+    },
+    "ignore_index": lambda output, owner: {
+        task: nn.functional.cross_entropy(
+            output.flatten(0, 1), torch.where(owner == k, 1, -100).repeat_interleave(3), ignore_index=-100
+        )
+        for k, task in enumerate(TASKS)
+    },
+    "stacked": lambda output, owner: torch.stack(
+        [(output.square().mean((1, 2)) * (owner == k)).sum() for k in range(3)]
+    ),
+    "an infinite slope beside": lambda output, owner: {
+        task: (output.square().mean((1, 2)) * (owner == k) * 0).sqrt().sum() + output[owner == k].sum()
+        for k, task in enumerate(TASKS)
+    },
+}
+
+
+@pytest.mark.parametrize("how", SEPARATE)
+def test_losses_of_their_own_rows_raise_no_alarm(how: str, caplog: pytest.LogCaptureFixture) -> None:
+    net = Net()
+    weighter = on(net)
+    losses: Any = SEPARATE[how]
+    weighter.combine(losses(net(inputs(), OWNERS), OWNERS))
+    assert_nothing_was_found(weighter)
+    assert not caplog.records
+
+
+def assert_nothing_was_found(weighter: Weighter) -> None:
+    found = weighter._audit.findings  # type: ignore[union-attr]
+    assert found.visited and not found.lines()
+
+
+@pytest.mark.parametrize("at_layer", [False, True])
+def test_absent_tasks_and_accumulation_raise_no_alarm(at_layer: bool, caplog: pytest.LogCaptureFixture) -> None:
+    net = Net()
+    weighter = on(net, **({"method": IMTLG(), "shared_layer": "layer"} if at_layer else {}))
+    for block in (slice(0, 2), slice(2, 5), slice(5, 8)):
+        owner = OWNERS_OF_TOKENS[block].where(OWNERS_OF_TOKENS[block] != 2, -1)
+        (weighter.combine(losses_of(net(inputs()[block], owner), owner), last=block.stop == 8) / 3).backward()
+        weighter.step()
+        assert_nothing_was_found(weighter)
+    assert not caplog.records
+
+
+def test_a_loss_whose_count_is_0_may_be_computed_from_anything() -> None:
+    net = Net()
+    weighter = on(net)
+    owner = OWNERS.where(OWNERS != 1, -1)
+    items = {"news": 2, "code": 0, "law": 3}
+    weighter.backward(crossed_losses(net(inputs(), owner), owner), num_items=items)
+    assert_nothing_was_found(weighter)
+
+
+def test_every_loss_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: (asked.append(1), grad(*args, **kwargs))[1])
+    net = Net()
+    weighter = on(net)
+    counts = []
+    for owner in (OWNERS, OWNERS.roll(1), OWNERS_OF_TOKENS):
+        weighter.backward(losses_of(net(inputs(), owner), owner))
+        net.zero_grad()
+        counts.append(len(asked))
+    assert counts == [3, 3, 3]
+
+
+def test_what_retain_grad_keeps_is_that_of_the_backward() -> None:
+    net = Net()
+    weighter = on(net)
+    net.rows = lambda z, owner: (z.retain_grad(), weighter.rows(z, owner))[1]
+    losses = losses_of(net(inputs(), OWNERS), OWNERS)
+    losses["code"].retain_grad()
+    weighter.backward(losses)
+    torch.testing.assert_close(net.z.grad.flatten(), by_hand(net, OWNERS, at_layer=False).sum(0), **EXACT)  # type: ignore[union-attr]
+    assert float(losses["code"].grad) == 1  # type: ignore[arg-type]
+
+
+class InPlace(torch.autograd.Function):
+    """Changes what it saved, as fused losses do, and does not bear to run twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.slope = 2 * x.detach()
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return ctx.slope.mul_(g)  # type: ignore[no-any-return]
+
+
+def test_what_may_not_bear_to_be_asked_is_not_and_that_is_said() -> None:
+    net = Net()
+    weighter = on(net)
+    output = InPlace.apply(net(inputs(), OWNERS))  # type: ignore[no-untyped-call]
+    weighter.backward(losses_of(output, OWNERS))
+    twin = plain(net)
+    sum(losses_of(twin(inputs(), OWNERS).square(), OWNERS).values()).backward()  # type: ignore[union-attr]
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, **EXACT)
+    assert weighter._audit.findings.unasked == dict.fromkeys(TASKS, "InPlace")  # type: ignore[union-attr]
+    assert "it is not known whose rows loss `law` reads, because of InPlace" in weighter.summary()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_compiled_parts_behind_the_rows_are_said_to_hide() -> None:
+    torch._dynamo.reset()
+    net = Net()
+    weighter = on(net)
+    compiled = torch.compile(net, backend="aot_eager")
+    weighter.backward(losses_of(compiled(inputs(), OWNERS), OWNERS))
+    found = weighter._audit.findings  # type: ignore[union-attr]
+    assert not found.crossed and set(found.unasked) == set(TASKS)
+    net, trunk = Net(), torch.compile(nn.Linear(3, 4).double(), backend="aot_eager")
+    net.embed = trunk  # type: ignore[assignment]
+    weighter = on(net)
+    weighter.backward(losses_of(net(inputs(), OWNERS), OWNERS))  # what is compiled before them hides nothing
+    assert_nothing_was_found(weighter)
+    with pytest.raises(RuntimeError, match="comes to rows of"):
+        weighter._audit._met.clear()  # type: ignore[union-attr]
+        weighter.backward(crossed_losses(net(inputs(), OWNERS), OWNERS))
+
+
+def test_checkpoints_of_the_reentrant_kind_are_said_to_hide() -> None:
+    net = Net()
+    weighter = on(net)
+    z = net.rows(net.layer(torch.tanh(net.embed(inputs()))), OWNERS)
+    weighter.backward(losses_of(checkpoint(net.head, z, use_reentrant=True), OWNERS))
+    assert weighter._audit.findings.unasked == dict.fromkeys(TASKS, "CheckpointFunction")  # type: ignore[union-attr]
+
+
+def test_a_gradient_is_looked_at_in_pieces_and_infinity_is_no_sign() -> None:
+    g, index = torch.zeros(64, 128, 256), torch.randint(3, (64, 128))
+    with Largest() as largest:
+        assert not measure.rows_touched(g, index, 3).any()
+    assert largest.elements <= g.numel() / 4
+    g[5, 7, 3], index[5, 7] = 1e-30, 3
+    g[6, 7, 3], index[6, 7] = torch.nan, 1
+    assert measure.rows_touched(g, index, 3).tolist() == [False, False, False, True]
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+BATCH, LENGTH, WIDTH = 8, 256, 128
+Z = BATCH * LENGTH * WIDTH * 4
+
+
+def peak(method: Method | None, words: int, at_layer: bool = False) -> int:
+    """The most bytes of tensors that were alive at one moment of three steps, the audited first one included."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    owner = torch.randint(-1, 3, (BATCH, LENGTH))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trunk, layer = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()), nn.Linear(WIDTH, WIDTH)
+        head, x = nn.Linear(WIDTH, words), torch.randn(BATCH, LENGTH, WIDTH)
+        weighter = Weighter(method, TASKS, shared_layer=layer if at_layer else None) if method else None
+        optimizer = torch.optim.SGD([*trunk.parameters(), *layer.parameters(), *head.parameters()], 1e-4)
+        for _ in range(3):
+            z = layer(trunk(x))
+            if weighter is not None:
+                z = weighter.rows(z, owner)
+            output = head(z)
+            del z
+            losses = {task: (output[owner == k] - k).square().mean() for k, task in enumerate(TASKS)}
+            del output
+            if weighter is not None:
+                weighter.backward(losses)
+            else:
+                sum(losses.values()).backward()  # type: ignore[union-attr]
+            optimizer.step()
+            optimizer.zero_grad()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return max(itertools.accumulate(e.nbytes() for e in events))
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "at_layer"),
+    [("GradNorm()", 8, False), ("GradNorm()", 512, False), ("CoVWeighting()", 8, False), ("IMTLG()", 8, True)],
+)
+def test_memory_is_that_of_a_plain_loop(method: str, words: int, at_layer: bool) -> None:
+    """At a layer's weight the matrices of all tasks, which go into the all-reduce, come on top."""
+    code = (
+        "from accel_weighting import *; from tests.unit.test_rows import peak\n"
+        f"print(peak(None, {words}), peak(None, {words}), peak({method}, {words}, {at_layer}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    plain, again, ours = map(int, done.stdout.split()[-3:])
+    assert abs(again - plain) < 0.01 * Z
+    matrices = len(TASKS) * WIDTH * WIDTH * 8 if at_layer else 0
+    assert ours - plain <= 0.1 * Z + matrices, (ours - plain) / Z
