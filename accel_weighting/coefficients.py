@@ -10,7 +10,8 @@ times the factor that arrives at the total (loss scale / accumulation), which a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .branch import Branch
+from .linearity import curved_in
 from .loop import Loop
 from .losses import Given, NumItems
 from .statistics import Method
@@ -36,8 +38,11 @@ class Carrying(Loop):
 
         They are float64 (float32 where the device has no other), which changes the dtype of no tensor that has a
         dimension. Until ``attach`` every call gives the same tensors; then they are used up. A loss that is multiplied
-        several times, in several forwards, counts as the sum. The total must be linear in them: code that normalises
-        its coefficients carries something else. With gradients disabled they are plain numbers in tensors.
+        several times, in several forwards, counts as the sum. The total must be linear in them, or ``attach`` raises:
+        code that normalises its coefficients carries something else. Under FSDP and DeepSpeed, where a gradient cannot
+        be asked for beside the one backward, and in compiled code or somebody's own ``autograd.Function`` only what the
+        coefficients are multiplied by is seen, and a total that is not linear gives losses that are wrong. With
+        gradients disabled they are plain numbers in tensors.
 
         Raises:
             ValueError: The method needs more than the losses, or they before the backward (``lag=0``,
@@ -64,7 +69,7 @@ class Carrying(Loop):
             total: What that code gave, before anything is divided or scaled, a floating-point tensor ``[]`` with a
                 graph.
             num_items: As in ``backward``: ``{task: 0}`` says that the task is not in this micro-batch, so that its
-                coefficient need not be in the total.
+                coefficient need not be in the total. A loss of it that is there all the same is an error of ``step``.
             last: As in ``backward``.
 
         Returns:
@@ -72,8 +77,8 @@ class Carrying(Loop):
 
         Raises:
             ValueError, TypeError: An argument breaks its rule; nothing has happened yet.
-            RuntimeError: There are no coefficients that it could be made of, or what ``combine`` raises. A total that
-                lacks a coefficient is an error of ``step``, on all processes.
+            RuntimeError: There are no coefficients that it could be made of, it is not linear in them, or what
+                ``combine`` raises. A total that lacks a coefficient is an error of ``step``, on all processes.
         """
         if not torch.is_grad_enabled():
             return total
@@ -85,6 +90,8 @@ class Carrying(Loop):
         if weights is None:
             raise _attached_without_coefficients()
         given = Given.counted(weights, num_items, self.tasks)
+        if self._measuring:
+            self._check_linear(total, weights, given)
         self._window.coefficients = None
         self._branch.forget()
         self._progress.applied = self._progress.weights
@@ -95,6 +102,19 @@ class Carrying(Loop):
             micro_batch = MicroBatch(given.present, self._window, given.scale(total))
             self._window.carried.append(_Carried(total, weights, given, micro_batch, self._branch))
         return total
+
+    def _check_linear(self, total: Tensor, weights: Mapping[str, Tensor], given: Given) -> None:
+        """At the first total, and at the first with a task that was not in one before."""
+        here = {self.tasks[k] for k in given.present}
+        if here <= self._progress.linear:
+            return
+        if curved := curved_in(total, weights, self._why_no_probe):
+            raise _not_linear(curved)
+        self._progress.linear |= here
+
+    def _why_no_probe(self) -> str | None:
+        """Why no gradient can be asked for beside the one backward (an engine's name), or None."""
+        raise NotImplementedError
 
     def _leaves(self, weights: Any, gradients: bool = True) -> dict[str, Tensor]:
         device = torch.device(getattr(self.accelerator, "device", "cpu"))
@@ -137,8 +157,11 @@ class _Carried:
             came = self._came.get(k)  # a copy: autograd may take the gradient itself for `.grad` and add to it there
             self._came[k] = gradient.detach().clone() if came is None else came + gradient.detach()
 
-    def losses(self) -> tuple[Tensor, frozenset[int]]:
-        """The losses, ``[K]``, zeros where a task is absent or its loss did not come; and where that is so.
+    def losses(self) -> tuple[Tensor, dict[int, float]]:
+        """The losses, ``[K]``, zeros where a task is absent or its loss did not come.
+
+        And the numbers of items where something is wrong: NaN where a loss did not come, infinity where one that is not
+        0 came of an absent task, for which alone a host waits here.
 
         Raises:
             RuntimeError: The backward did not run.
@@ -148,7 +171,9 @@ class _Carried:
         present = self.given.present
         came = {k: loss.to(self._zero.device) for k, loss in self._came.items() if k in present}
         rows = [came.get(k, self._zero) for k in range(len(self.given.named))]
-        return torch.stack(rows) / self._factor.to(self._zero.device), present - came.keys()
+        wrong = dict.fromkeys(present - came.keys(), math.nan)
+        wrong |= {k: math.inf for k, loss in self._came.items() if k not in present and bool(loss != 0)}
+        return torch.stack(rows) / self._factor.to(self._zero.device), wrong
 
 
 # ---- checks and messages -------------------------------------------------------------------------------------------
@@ -189,6 +214,17 @@ def _check_total(total: Any) -> None:
             "The total that was given to `weighter.attach` does not require grad: it was detached, or computed with "
             "gradients disabled, and no loss can be known from its backward."
         )
+
+
+def _not_linear(tasks: Sequence[str]) -> RuntimeError:
+    """A total that carries something else than losses."""
+    names = ", ".join(f"`{task}`" for task in tasks)
+    return RuntimeError(
+        f"The total that was given to `weighter.attach` is not linear in the coefficients of {names}: the code takes a "
+        "power or a logarithm of what it multiplies by them, divides them by their sum, or multiplies one by another, "
+        "so that ∂total/∂coefficient is not the loss. Let it multiply each loss once by its coefficient, as it is, or "
+        "hand the losses to `weighter.backward(losses)`."
+    )
 
 
 def _attached_without_coefficients() -> RuntimeError:

@@ -281,11 +281,11 @@ class Loop:
         """So do those that came with the backwards of totals: see ``coefficients``."""
         window, several = self._window, self._several
         for carried in window.carried:
-            (losses, unknown), given = carried.losses(), carried.given
+            (losses, wrong), given = carried.losses(), carried.given
             if several is None:
-                window.record(losses, given.present, given.counts, unknown=unknown)
+                window.record(losses, given.present, given.counts, wrong=wrong)
             else:
-                several.add(losses, given, unknown)
+                several.add(losses, given, wrong)
         window.carried.clear()
 
     def step(self) -> None:
@@ -343,7 +343,7 @@ class Loop:
         self._several = None
         if several.losses is not None:
             counts = several.counts(len(self.tasks))
-            self._window.record(several.losses, frozenset(several.present), counts, unknown=several.unknown)
+            self._window.record(several.losses, frozenset(several.present), counts, wrong=several.wrong)
             self._window.record_extras(several.extras)
             self._window.split |= several.apart and self._steps.layout.matrices is None
         if self._window.opened:

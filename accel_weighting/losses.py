@@ -173,7 +173,7 @@ class Several:
     def __init__(self) -> None:
         self.losses: Tensor | None = None
         self.present: set[int] = set()
-        self.unknown: frozenset[int] = frozenset()
+        self.wrong: dict[int, float] = {}
         self.extras: dict[str, Tensor] = {}
         self._counts: dict[int, float] = {}
         self._calls: list[frozenset[int]] = []
@@ -185,8 +185,8 @@ class Several:
             not any({a, b} <= call for call in self._calls) for a, b in itertools.combinations(sorted(self.present), 2)
         )
 
-    def add(self, losses: Tensor, given: Given, unknown: frozenset[int] = frozenset()) -> None:
-        """One call: its detached losses ``[K]``, zeros where absent, and the tasks whose loss is not known.
+    def add(self, losses: Tensor, given: Given, wrong: Mapping[int, float] | None = None) -> None:
+        """One call: its detached losses ``[K]``, zeros where absent, and what is wrong with tasks: see ``Window``.
 
         Raises:
             ValueError: A task came with counts in two calls: the mean of all of its items is not known then.
@@ -197,7 +197,7 @@ class Several:
             self._counts |= {k: given.counts[k] for k in given.present}
         self.losses = losses if self.losses is None else self.losses + losses.to(self.losses)
         self.present |= given.present
-        self.unknown |= unknown
+        self.wrong |= wrong or {}
         self._calls.append(given.present)
 
     def add_extras(self, losses: Mapping[str, Tensor]) -> None:

@@ -50,7 +50,8 @@ class Sharing(Loop):
         """Tasks own samples and no heads: gradients at ``z`` are measured by the owner of each row.
 
         For data sets, domains or languages behind one head. Each loss is computed from the rows of its own task; that
-        is looked at once, by the value of its gradient at ``z``. Gives norms; with ``shared_layer`` inner products at its weight too.
+        is looked at once, by the value of its gradient at ``z``. Gives norms; with ``shared_layer`` inner products at
+        its weight too.
 
         Args:
             z: The shared representation, ``[batch, …]``.

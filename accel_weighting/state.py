@@ -42,6 +42,7 @@ class WeighterState:
         weights: Those that the next backward will use, float64 ``[K]``; replaced, never changed in place.
         applied: Those that the last recorded backward used.
         applied_rotations: The rotations that it used, on the device; None before it.
+        linear: Tasks in whose coefficient a total was found to be linear: see ``coefficients``.
         loss_weights: What multiplies the losses under a method that acts on the shared path and has such; or None.
         method_state: The method's.
         consecutive_skipped: Steps held in a row that count towards ``max_skipped_steps``.
@@ -70,6 +71,7 @@ class WeighterState:
         _check_arrays(method, self.weights, self.method_state)
         self.applied = self.weights
         self.applied_rotations: Tensor | None = None
+        self.linear: set[str] = set()
         self.loss_weights: Vector | None = self.get("loss_weights")
         self.statistics: Statistics | None = None
         self.healed = 0

@@ -28,7 +28,6 @@ logger = logging.getLogger("accel_weighting")
 GRADIENTS = frozenset({"norms", "gram", "moments"})
 """Statistics that are taken at the branch point."""
 
-
 ALONE = 20
 """Windows in a row with one task each, and weights that stay, after which that is said."""
 PATIENCE = 20
@@ -177,10 +176,17 @@ class Verdict:
         """What of the sums is not finite; a number of items is not where a loss is not known."""
         for what, bad in sums.not_finite().items():
             if bad.any() and what == "items":
-                raise _unknown_losses(self._places(bad, window.not_finite(what)), len(bad), sums.step)
+                raise self._unknown_items(sums, window)
             if bad.any():
                 return self._hold(what, bad, window, sums.step)
         return self._hold_extras(sums.bad_extras, sums.step) if sums.bad_extras else None
+
+    def _unknown_items(self, sums: Sums, window: Window) -> RuntimeError:
+        """Coefficients to which no gradient came, or one though their task was absent: see ``coefficients``."""
+        unknown = np.isnan(sums.items)
+        if unknown.any():
+            return _unknown_losses(self._places(unknown, np.isnan(window.items)), len(unknown), sums.step)
+        return _came_though_absent(self._places(np.isinf(sums.items), np.isinf(window.items)), sums.step)
 
     def _hold(self, what: str, bad: NDArray[np.bool_], window: Window, step: int) -> Held:
         here = window.not_finite(what)
@@ -404,6 +410,16 @@ def _unknown_losses(found: Sequence[tuple[str, str]], tasks: int, step: int) -> 
         "`weighter.coefficients()` gave, but by a number made of it (`float(w)`, `w.item()`, `torch.tensor(w)`, a "
         "configuration) or by coefficients of an earlier call: hand in the tensors, anew for every total. Or the task "
         f"was absent: say so, `weighter.attach(total, num_items={{{absent}}})`."
+    )
+
+
+def _came_though_absent(found: Sequence[tuple[str, str]], step: int) -> RuntimeError:
+    """Coefficients to which a gradient came, of tasks that were said to be absent."""
+    names = ", ".join(f"`{task}`{place}" for task, place in found)
+    return RuntimeError(
+        f"The total that was attached at optimizer step {step} holds the loss of task {names}, which "
+        "`weighter.attach(total, num_items={task: 0})` said to be absent: it was trained on, and is not in the "
+        "statistics. Leave the task out of `num_items`, or leave its loss out of the total."
     )
 
 

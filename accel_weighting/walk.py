@@ -114,7 +114,7 @@ class Walk:
             self.joins[node], self._rows[node] = None, rows
         elif self._parts(node, name):
             self.joins[node] = None
-        elif OPAQUE.fullmatch(name) or (self._by_rows and _is_foreign(node)):
+        elif OPAQUE.fullmatch(name) or (self._by_rows and is_foreign(node)):
             self._hidden[place] = name.removesuffix("Backward")
         elif name == "_DDPSinkBackward" and getattr(node.ddp_weakref(), "static_graph", False):
             self.forbids = "DDP with static_graph"
@@ -286,7 +286,7 @@ _POINTS = ("JoinBackward", "_TapBackward")
 """Where tasks part: at one join of all, or at a tap for each."""
 
 
-def _is_foreign(node: Node) -> bool:
+def is_foreign(node: Node) -> bool:
     """Whether a backward is somebody's own Python, which may not bear to run twice (some change what they saved)."""
     function = getattr(node, "_forward_cls", None)
     return function is not None and function.__module__.split(".")[0] not in ("torch", __package__)

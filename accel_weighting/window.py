@@ -261,8 +261,8 @@ class Carried(Protocol):
 
     given: Any
 
-    def losses(self) -> tuple[Tensor, frozenset[int]]:
-        """Its losses, ``[K]``, and the tasks whose loss did not come."""
+    def losses(self) -> tuple[Tensor, Mapping[int, float]]:
+        """Its losses, ``[K]``, and the numbers of items of tasks with which something is wrong."""
 
 
 class Window:
@@ -279,6 +279,7 @@ class Window:
         due: Whether the last of them was the step's last.
         moves_weights: Whether some micro-batch was not frozen.
         blocks: Recorded micro-batches.
+        items: How many items (blocks, where nothing was counted) each task had.
         arrived: Tasks whose gradient has come there.
         called: Tasks whose head was called.
         fed: Tasks whose head, or alias, had a history to send gradients back to.
@@ -307,7 +308,7 @@ class Window:
         self._layout = layout
         self._counted = self._empty = 0
         self._present = [0] * layout.tasks
-        self._items = [0.0] * layout.tasks
+        self.items = [0.0] * layout.tasks
         self._extras = [0] * EXTRAS
         self._sums: dict[str, Tensor] = {}
 
@@ -318,19 +319,22 @@ class Window:
         counts: Sequence[float] | None,
         shares: bool = False,
         *,
-        unknown: frozenset[int] = frozenset(),
+        wrong: Mapping[int, float] | None = None,
     ) -> None:
         """A micro-batch: its detached losses ``[K]`` (zeros where absent), who was there, and with how many items.
 
-        Counts that are shares add up to the number of micro-batches, which divides the gradients then. A task that was
-        there and whose loss is ``unknown`` has a number of items that is not finite.
+        Counts that are shares add up to the number of micro-batches, which divides the gradients then. Of a task with
+        which something is ``wrong`` the number of items is not finite: NaN, it was there and its loss is not known;
+        infinite, its loss came though it was not there.
         """
         self.blocks += 1
         self._counted += counts is not None and not shares
         self._empty += not present
         for k in present:
             self._present[k] += 1
-            self._items[k] += math.nan if k in unknown else 1 if counts is None else counts[k]
+            self.items[k] += 1 if counts is None else counts[k]
+        for k, number in (wrong or {}).items():
+            self.items[k] += number
         if counts is not None:
             losses = losses.double() * to_device(torch.tensor(counts, dtype=torch.float64), losses.device)
         self.add("losses", losses)
@@ -382,10 +386,8 @@ class Window:
         """Which of this process's own sums are not finite, bool ``[K]``; waits for the device.
 
         Args:
-            what: ``"items"``, ``"loss"``, ``"gradient"`` or ``"moment"``, of which the last is not looked for.
+            what: ``"loss"``, ``"gradient"`` or ``"moment"``, of which the last is not looked for.
         """
-        if what == "items":
-            return ~np.isfinite(self._items)
         own = self._sums.get({"loss": "losses", "gradient": "gradients"}.get(what, ""))
         if own is None:
             return np.zeros(self._layout.tasks, dtype=bool)
@@ -404,7 +406,7 @@ class Window:
             gradients = torch.zeros(self._layout.gradients, dtype=torch.float64, device=losses.device)
         arrived = [k in self.arrived for k in range(self._layout.tasks)]
         facts = [self.blocks, self._counted, self._empty, self.split, tapped, self.derivatives]
-        numbers = [*facts, *arrived, *self._present, *self._items, *self._extras]
+        numbers = [*facts, *arrived, *self._present, *self.items, *self._extras]
         extras = self._sums.get("extras")
         parts = [losses, _zeros(EXTRAS, losses.device) if extras is None else extras]
         parts.append(gradients.flatten().to(losses.device).double())

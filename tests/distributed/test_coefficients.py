@@ -192,6 +192,36 @@ def absent(how: str) -> list[Any]:
     return [statistics.losses.tolist(), statistics.norms.tolist(), run.weighter.weights]
 
 
+def came_though_absent() -> str:
+    """The second process says that a task is absent, and its loss is there."""
+    run = Run("ddp", wrap=False)
+    total = summed(run.model(*run.block(0, 0)), run.weighter.coefficients())
+    run.accelerator.backward(run.weighter.attach(total, num_items={"t1": 0} if rank() == 1 else None))
+    message = error_of(run.weighter.step)
+    run.optimizer.zero_grad()
+    run.steps("outside", 1, 2)  # all go on
+    return message
+
+
+CURVED = list(itertools.product(["ddp", "fsdp2"], ["inside", "outside"]))
+
+
+def curved(engine: str, how: str) -> str:
+    """A coefficient is squared, inside of the model or outside; what was said of it."""
+    run = Run(engine)
+    weights = run.weighter.coefficients()
+    squared = weights | {"t1": weights["t1"] ** 2}
+    block = run.block(0, 0)
+    total = run.model(*block, squared) if how == "inside" else summed(run.model(*block), squared)
+    try:
+        run.weighter.attach(total)
+    except RuntimeError as error:
+        return str(error)
+    run.accelerator.backward(total)  # not seen
+    run.weighter.step()
+    return ""
+
+
 def not_finite() -> tuple[list[float], dict[str, float]]:
     run = Run("ddp", wrap=False)
     run.steps("outside", 0, 2)
@@ -227,6 +257,8 @@ def all_others(folder: str) -> dict[str, Any]:
         "cut everywhere": cut_off(True),
         "absent": absent("coefficients"),
         "absent losses": absent("losses"),
+        "came": came_though_absent(),
+        "curved": [curved(engine, how) for engine, how in CURVED],
         "not finite": not_finite(),
         "resumed": resumed(folder),
     }
@@ -253,6 +285,17 @@ def test_a_coefficient_that_one_process_did_not_use_is_an_error_on_all(others: A
             "num_items={'t1': 0}" in ranks["cut"]
             and "no gradient came to that of task `t1` on process" in (ranks["cut everywhere"])
         )
+
+
+def test_a_loss_of_a_task_that_one_process_said_to_be_absent_is_an_error_on_all(others: Any) -> None:
+    assert "holds the loss of task `t1` on process 1 of 2, which" in others[1]["came"]
+    assert "holds the loss of task `t1` on another process, which" in others[0]["came"]
+
+
+def test_a_total_that_is_not_linear_is_an_error_where_it_can_be_asked(others: Any) -> None:
+    for ranks in others:
+        for (engine, _), said in zip(CURVED, ranks["curved"], strict=True):
+            assert ("is not linear in the coefficients of `t1`" in said) == (engine == "ddp")
 
 
 def test_a_task_that_is_absent_on_one_process_is_as_where_losses_are_passed(others: Any) -> None:

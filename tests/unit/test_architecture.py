@@ -46,6 +46,7 @@ MAY = {
     "join": {"measure", "rotations"},
     "walk": {"aliases", "join", "rows"},
     "audit": {"errors", "measure", "walk"},
+    "linearity": {"join", "walk"},
     "losses": {"checks", "errors", "join", "statistics", "window"},
     "steps": {"losses", "processes", "state", "statistics", "verdict", "window"},
     "heads": {"checks", "errors", "modules"},
@@ -61,7 +62,7 @@ MAY = {
         *("statistics", "steps", "verdict", "window"),
     },
     "sharing": {"checks", "loop", "parameters", "rows", "verdict", "window"},
-    "coefficients": {"branch", "loop", "losses", "statistics", "window"},
+    "coefficients": {"branch", "linearity", "loop", "losses", "statistics", "window"},
     "weighter": {
         *("audit", "branch", "checks", "coefficients", "errors", "growth", "heads", "lifetime", "losses", "modules"),
         *("optimizers", "parameters", "processes", "reading", "rotations", "shared_layer", "sharing"),

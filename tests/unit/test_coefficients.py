@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -450,11 +451,128 @@ def test_an_absent_task_is_left_out_as_where_losses_are_passed() -> None:
         assert mine == pytest.approx(theirs, rel=1e-12)
 
 
-def test_what_arrives_for_a_task_that_was_said_to_be_absent_is_no_loss_of_it() -> None:
+@pytest.mark.parametrize("several", [False, True], ids=["one total", "micro_batch()"])
+def test_a_loss_of_a_task_that_was_said_to_be_absent_is_an_error(several: bool) -> None:
     loop = Loop(COV)
-    carried(loop.weighter, loop.losses(0), num_items={"seg": 0}).backward()
+    with pytest.raises(RuntimeError, match=r"step 0 holds the loss of task `seg`, which .*Leave the task out of"):
+        with loop.weighter.micro_batch() if several else contextlib.nullcontext():
+            carried(loop.weighter, loop.losses(0), num_items={"seg": 0}).backward()
+        loop.weighter.step()
+    loop.optimizer.zero_grad()
+    stepped(loop, 0)  # and it goes on
+    assert loop.weighter.statistics.present.all()
+
+
+def test_a_loss_that_is_not_finite_of_an_absent_task_is_an_error_too() -> None:
+    loop = Loop(COV)
+    losses = loop.losses(0)
+    carried(loop.weighter, losses | {"seg": losses["seg"] * torch.nan}, num_items={"seg": 0}).backward()
+    with pytest.raises(RuntimeError, match="holds the loss of task `seg`"):
+        loop.weighter.step()
+
+
+def test_zeros_in_place_of_an_absent_task_are_no_loss_of_it() -> None:
+    loop = Loop(COV)
+    losses = loop.losses(0)
+    carried(loop.weighter, losses | {"seg": losses["seg"] * 0}, num_items={"seg": 0}).backward()
     loop.weighter.step()
     assert list(loop.weighter.statistics.present) == [True, False] and loop.weighter.statistics.losses[1] == 0
+
+
+# ---- totals that are not linear --------------------------------------------------------------------------------------
+
+CURVED: dict[str, tuple[Any, list[str]]] = {
+    "a power": (lambda w, a, b: w["depth"] ** 2 * a + w["seg"] * b, ["depth"]),
+    "a square by itself": (lambda w, a, b: w["depth"] * w["depth"] * a + w["seg"] * b, ["depth"]),
+    "a logarithm": (lambda w, a, b: torch.log(w["depth"] * a + 1) + w["seg"] * b, ["depth"]),
+    "inside of a loss": (lambda w, a, b: (w["depth"] * a - 3.0).square() + w["seg"] * b, ["depth"]),
+    "coefficients that are normalised": (lambda w, a, b: (w["depth"] * a + w["seg"] * b) / sum(w.values()), TASKS),
+    "their softmax": (lambda w, a, b: torch.stack(list(w.values())).softmax(0) @ torch.stack([a, b]), TASKS),
+    "a product of two": (lambda w, a, b: w["depth"] * (a + w["seg"] * b), TASKS),
+    "a geometric mean": (lambda w, a, b: torch.sqrt(w["depth"] * a * w["seg"] * b), TASKS),
+    "a task that is small": (lambda w, a, b: w["depth"] * a + 1e-4 * w["seg"] ** 2 * b, ["seg"]),
+}
+
+LINEAR: dict[str, Any] = {
+    "a sum": lambda w, a, b: w["depth"] * a + w["seg"] * b,
+    "a mean of a stack": lambda w, a, b: torch.stack([w["depth"] * a, b * w["seg"]]).mean(),
+    "a dot product": lambda w, a, b: torch.stack([*w.values()]).dot(torch.stack([a, b])),
+    "a matrix": lambda w, a, b: (torch.stack([a, b]).view(1, 2) @ torch.stack([*w.values()]).view(2, 1)).squeeze(),
+    "rows": lambda w, a, b: (torch.ones(4) * a * w["depth"]).mean() / 4 + (w["seg"] * b - 1) + a * b,
+    "in place": lambda w, a, b: torch.zeros((), dtype=torch.float64).add_(w["depth"] * a).sub_(-w["seg"] * b),
+    "cast": lambda w, a, b: w["depth"].float() * a.float() + (w["seg"].bfloat16() * b.bfloat16()).float(),
+    "coefficients relative to one": lambda w, a, b: (a + w["seg"] / w["depth"] * b) * w["depth"],
+    "of which a part is chosen": lambda w, a, b: torch.maximum(w["depth"] * a, a * 0) + torch.relu(w["seg"] * b),
+}
+
+
+@pytest.mark.parametrize("how", CURVED)
+def test_a_total_that_is_not_linear_is_an_error_that_names_whose(how: str) -> None:
+    loop, (total, tasks) = Loop(COV), CURVED[how]
+    losses = loop.losses(0)
+    weights = loop.weighter.coefficients()
+    bent = total(weights, *losses.values()) + 5 * losses["depth"]
+    names = ", ".join(f"`{task}`" for task in tasks)
+    with pytest.raises(RuntimeError, match=f"is not linear in the coefficients of {names}: .*multiply each loss once"):
+        loop.weighter.attach(bent)
+    assert all(p.grad is None for p in loop.model.parameters()) and all(w.grad is None for w in weights.values())
+    loop.weighter.attach(foreign(losses, weights)).backward()  # nothing has happened
+    loop.weighter.step()
+
+
+def test_many_coefficients_that_are_normalised_are_an_error() -> None:
+    weighter = Weighter(COV, [f"t{k}" for k in range(300)])
+    weights, x = torch.stack([*weighter.coefficients().values()]), torch.rand(300, requires_grad=True)
+    with pytest.raises(RuntimeError, match="is not linear in the coefficients of `t0`, `t1`"):
+        weighter.attach((weights * (x + 1)).sum() / weights.sum())
+
+
+@pytest.mark.parametrize("how", LINEAR)
+def test_a_linear_total_raises_no_alarm(how: str) -> None:
+    loop = Loop(COV)
+    for step in range(2):
+        losses = loop.losses(step)
+        loop.weighter.attach(LINEAR[how](loop.weighter.coefficients(), *losses.values())).backward()
+        loop.weighter.step()
+        loop.stepped()
+
+
+def test_a_graph_that_multiplies_and_adds_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is asked is asked once for every task."""
+    asked = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **options: (asked.append(1), grad(*args, **options))[1])
+    for total, number in ((LINEAR["a sum"], 0), (LINEAR["coefficients relative to one"], 5)):
+        loop = Loop(COV)
+        asked.clear()
+        for step in range(3):
+            losses = loop.losses(step)
+            loop.weighter.attach(total(loop.weighter.coefficients(), *losses.values())).backward()
+            loop.weighter.step()
+            loop.stepped()
+        assert len(asked) == number
+
+
+class Square(torch.autograd.Function):
+    """Somebody's own, which may not bear to run twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * g  # type: ignore[no-any-return]
+
+
+def test_what_is_hidden_is_not_asked() -> None:
+    """As the documentation says."""
+    loop = Loop(COV)
+    losses, weights = loop.losses(0), loop.weighter.coefficients()
+    total = Square.apply(weights["depth"]) * losses["depth"] + weights["seg"] * losses["seg"]  # type: ignore[no-untyped-call]
+    loop.weighter.attach(total).backward()
+    loop.weighter.step()
 
 
 @pytest.mark.parametrize(
