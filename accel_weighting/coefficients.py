@@ -52,11 +52,11 @@ class Carrying(Loop):
         _check_that_losses_are_enough(self.method, self.lag, self._bounds.largest)
         state, window = self._steps.settled, self._window
         if not torch.is_grad_enabled():
-            return self._leaves(state.weights, gradients=False)
+            return self._leaves(self._multipliers(state), gradients=False)
         if self._optimizers.begins():
             return self._leaves(state.applied)
         if window.coefficients is None:
-            window.coefficients = self._leaves(state.weights)
+            window.coefficients = self._leaves(self._multipliers(state))
         elif any(weight.grad is not None for weight in window.coefficients.values()):
             self.reset()
             raise _backward_before_attach()
@@ -93,8 +93,9 @@ class Carrying(Loop):
         if self._measuring:
             self._check_linear(total, weights, given)
         self._window.coefficients = None
+        self._take_in_forward()
         self._branch.forget()
-        self._progress.applied = self._progress.weights
+        self._progress.applied = self._multipliers(self._progress)
         nodes = [node for node, _ in total.grad_fn.next_functions] if total.grad_fn is not None else []
         self._enter(lambda: nodes, total, last)
         if self._measuring:

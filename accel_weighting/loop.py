@@ -129,11 +129,7 @@ class Loop:
         paused = self._optimizers.begins()
         self._check_order(paused, given)
         v = given.vector(self.tasks, self._branch.head_outputs, self._zeros_pass_losses(given))
-        self._window.called |= self._branch.called
-        self._window.fed |= self._branch.fed
-        if self._branch.parameters is not None:
-            self._branch.parameters.add_used(self._window.used)
-        self._window.by_rows |= bool(self._branch.by_rows)
+        self._take_in_forward()
         record = self._measuring and not freeze and not paused
         micro_batch = MicroBatch(given.present, self._window, record=record)
         if self._audit is not None and record:
@@ -148,6 +144,15 @@ class Loop:
         if record or not self._on_losses:
             self._branch.watch(v, micro_batch)
         return total
+
+    def _take_in_forward(self) -> None:
+        """What the branch saw in the forwards of this micro-batch goes to the window."""
+        window, branch = self._window, self._branch
+        window.called |= branch.called
+        window.fed |= branch.fed
+        if branch.parameters is not None:
+            branch.parameters.add_used(window.used)
+        window.by_rows |= bool(branch.by_rows)
 
     def _check_order(self, paused: bool, given: Given | None = None) -> None:
         """What a micro-batch of a training must find; with losses that are ``given``."""
@@ -222,10 +227,8 @@ class Loop:
             weights = state.applied
         elif self.lag == 0 and record and given is not None:
             weights = self._steps.decide(v.detach(), given.present, given.counts)
-        elif (parameters := self._branch.parameters) is not None:
-            weights = parameters.multipliers(state.weights, state.loss_weights)
         else:
-            weights = state.weights
+            weights = self._multipliers(state)
         w = None if weights is None else self._bounds.on_device("losses", weights, v)
         w = self._bounds.capped(w, v.detach())
         w = w if given is None else given.shared(w, v)
@@ -235,6 +238,11 @@ class Loop:
         for loss in extra.values():
             total = total + loss.to(total.device)
         return total
+
+    def _multipliers(self, state: WeighterState) -> NDArray[Any]:
+        """What multiplies the losses, where the weights act on them."""
+        parameters = self._branch.parameters
+        return state.weights if parameters is None else parameters.multipliers(state.weights, state.loss_weights)
 
     def _say_what_its_backward_needs(self, micro_batch: MicroBatch, given: Given, seen: Tensor) -> None:
         """Factors and weights of a micro-batch, where its backward passes the branch."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from accel_weighting import GradNorm, Statistics, Weighter
+from accel_weighting import CoVWeighting, GradNorm, Statistics, Weighter
 from accel_weighting.processes import Processes
 from tests.derivatives import full
 from tests.pinn import PINN, SHARED, TASKS, batch, gradients_by_hand, losses_of, part
@@ -35,22 +35,29 @@ def divide(model: nn.Module) -> None:
             module.reshard()
 
 
-def measured(engine: Any, micro: int, early: bool = False, **options: Any) -> list[Seen]:
+def measured(engine: Any, micro: int, early: bool = False, carried: bool = False, **options: Any) -> list[Seen]:
     """At every step: losses, Gram matrix, weights, gradients of the model."""
     fsdp = {"fsdp": {"reshard_after_forward": False}} if engine == "fsdp2" else {}
     accelerator = accelerator_for(engine, gradient_accumulation_steps=micro, **fsdp)
     net = PINN()
     arguments: Any = {"tasks": TASKS, "accelerator": accelerator, "shared_parameters": SHARED, **options}
-    weighter = Weighter(GradNorm(lr=0.1), model=net, **arguments) if early else None
+    method = CoVWeighting() if carried else GradNorm(lr=0.1)
+    weighter = Weighter(method, model=net, **arguments) if early else None
     model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.05))
-    weighter = weighter or Weighter(GradNorm(lr=0.1), model=model, **arguments)
+    weighter = weighter or Weighter(method, model=model, **arguments)
     whole(model)
     world, rank = accelerator.num_processes, accelerator.process_index
     seen = []
     for step in range(STEPS):
         for i in range(rank * micro, (rank + 1) * micro):
             with accelerator.accumulate(model):
-                weighter.backward(losses_of(model, part(batch(step), i, world * micro), weighter.task))
+                losses = losses_of(model, part(batch(step), i, world * micro), weighter.task)
+                if carried:
+                    total = sum(weight * losses[task] for task, weight in weighter.coefficients().items())
+                    accelerator.backward(weighter.attach(total))
+                    weighter.step()
+                else:
+                    weighter.backward(losses)
         divide(model)
         gradients = {name.removeprefix("module."): full(p.grad) for name, p in model.named_parameters()}
         gradients = {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
@@ -76,11 +83,11 @@ CUTS = [
 ]
 
 
-def check(seen: list[Seen]) -> None:
+def check(seen: list[Seen], start: float = 1.0) -> None:
     """Against one process on the whole batch, no library: the weights that the weighter had multiply the losses."""
     net = PINN()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-    weights = dict.fromkeys(TASKS, 1.0)
+    weights = dict.fromkeys(TASKS, start)
     for step, (losses, gram, after, gradients) in enumerate(seen):
         named = dict(net.named_parameters())
         expected = losses_of(net, batch(step))
@@ -101,6 +108,12 @@ def test_statistics_and_gradients_are_those_of_the_whole_batch_by_hand(
 ) -> None:
     for seen in run_ranks(measured, world, tmp_path, engine, micro, timeout=120):
         check(seen)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_so_they_are_of_losses_that_other_code_sums(engine: str, tmp_path: Path) -> None:
+    for seen in run_ranks(measured, 2, tmp_path, engine, 3, False, True, timeout=120):
+        check(seen, start=1 / 3)
 
 
 # ---- other engines, and precisions -----------------------------------------------------------------------------------

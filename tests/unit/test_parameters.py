@@ -836,3 +836,74 @@ def test_under_an_accelerator_with_accumulation() -> None:
     G = rows_by_hand(net)
     assert_close(weighter.statistics.gram, G @ G.T, rtol=1e-12, atol=1e-15)
     assert residual
+
+
+# ---- losses that other code sums inside ------------------------------------------------------------------------------
+
+COV = CoVWeighting()
+
+
+def summed(net: nn.Module, step: int, weights: Any, task: Any, names: Any = TASKS) -> Tensor:
+    """Such code: it runs the forwards, each in its context, and gives the total."""
+    losses = losses_of(net, batch(step), task)
+    return sum((weights[name] * losses[name] for name in names), torch.zeros((), dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "method", [COV, EqualWeighting(), StaticWeighting({"pde": 1e-9, "boundary": 1.0, "slopes": 2.0})]
+)
+def test_coefficients_are_the_loop_that_passes_the_losses(method: Any) -> None:
+    nets = PINN(), PINN()
+    weighters = [weighter_on(net, method) for net in nets]
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.01) for net in nets]
+    for step in range(4):
+        weights = weighters[0].coefficients()
+        with torch.no_grad():
+            plain = weighters[0].coefficients()
+        assert all(float(plain[task]) == float(weight.detach()) for task, weight in weights.items())
+        weighters[0].attach(summed(nets[0], step, weights, weighters[0].task)).backward()
+        weighters[0].step()
+        weighters[1].backward(losses_of(nets[1], batch(step), weighters[1].task))
+        if step == 0:  # by hand, and so exact where weights are next to nothing too
+            assert_exact(weighters[0], nets[0], {name: max(w, 1e-6) for name, w in weights.items()})
+        mine, theirs = (weighter.statistics for weighter in weighters)
+        assert_close(mine.gram, theirs.gram, rtol=1e-11, atol=1e-15)
+        assert_close(mine.losses, theirs.losses, rtol=1e-12, atol=1e-15)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-15)
+    assert weighters[0].weights == pytest.approx(weighters[1].weights, rel=1e-11)
+    assert nothing_is_left(nets[0])
+
+
+def test_coefficients_with_an_absent_task_and_accumulation() -> None:
+    net = PINN()
+    weighter = weighter_on(net, COV)
+    for i in range(3):
+        names = TASKS[:2] if i == 1 else TASKS
+        losses = losses_of(net, part(batch(0), i, 3), weighter.task)
+        total = sum(weight * losses[name] for name, weight in weighter.coefficients().items() if name in names)
+        absent = {name: 0 for name in TASKS if name not in names}
+        (weighter.attach(total, num_items=absent or None, last=i == 2) / 3).backward()
+        weighter.step()
+    other = PINN()
+    twin = weighter_on(other, COV)
+    for i in range(3):
+        names = TASKS[:2] if i == 1 else TASKS
+        losses = losses_of(other, part(batch(0), i, 3), twin.task)
+        (twin.combine({name: losses[name] for name in names}, last=i == 2) / 3).backward()
+        twin.step()
+    assert_close(weighter.statistics.gram, twin.statistics.gram, **EXACT)
+    assert_close(weighter.statistics.losses, twin.statistics.losses, **EXACT)
+
+
+def test_a_forward_outside_of_its_context_is_named_with_coefficients_too() -> None:
+    net = PINN()
+    weighter = weighter_on(net, COV)
+    weights = weighter.coefficients()
+    outside = weights["slopes"] * losses_of(net, batch(0))["slopes"]
+    weighter.attach(summed(net, 0, weights, weighter.task, TASKS[:2]) + outside).backward()
+    with pytest.raises(RuntimeError, match="loss `slopes`"):
+        weighter.step()
