@@ -317,6 +317,44 @@ def test_a_compiled_owner_is_exact_or_refused(what: str, warm: bool) -> None:
         assert_close(weighter.statistics.gram, G @ G.T, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("options", [{}, {"update_every": 10}], ids=["every step", "update_every=10"])
+def test_a_compiled_model_is_compiled_anew_no_more_than_its_modes_ask(options: dict[str, Any]) -> None:
+    """Frozen, between updates, evaluated in between: one more graph for gradients that are disabled, and no other."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    net, points = PINN(), {"a": batch(0)["pde"], "b": batch(0)["boundary"]}
+    model = torch.compile(net, backend="aot_eager", dynamic=True)
+    weighter = Weighter(GradNorm(), ["a", "b"], model=model, shared_parameters=SHARED, **options)
+    graphs, measured = [], 0
+    for step in range(24):
+        if step in (8, 12):
+            weighter.freeze() if step == 8 else weighter.unfreeze()
+        before, weights, losses = weighter.statistics, weighter.weights, {}
+        for task, x in points.items():
+            with weighter.task(task):
+                losses[task] = LOSSES["boundary"](model, x)
+        net.zero_grad()
+        weighter.backward(losses)
+        twin = copy.deepcopy(net)
+        twin.zero_grad()
+        expected = {task: LOSSES["boundary"](twin, x) for task, x in points.items()}
+        G = gradients_by_hand(expected, [twin.body.hidden.weight, twin.body.hidden.bias])
+        sum(weights[task] * loss for task, loss in expected.items()).backward()
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-14)
+            p.data.sub_(p.grad, alpha=0.01)
+        if weighter.statistics is not before:
+            measured += 1
+            assert_close(weighter.statistics.gram, G @ G.T, rtol=1e-10, atol=1e-12)
+        if step % 5 == 4:
+            with torch.no_grad(), weighter.task("a"):
+                model(points["a"])
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert measured == (20 if not options else 2)
+    assert graphs[0] == graphs[3] > 1 and graphs[4] == graphs[-1] <= graphs[0] + 1
+
+
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
