@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 TASKS = ["pde", "boundary", "slopes"]
 SHARED = ["body.hidden.weight", "body.hidden.bias"]
-ROWS = {"pde": 12, "boundary": 6, "slopes": 12}
+ROWS = {"pde": 12, "boundary": 12, "slopes": 12}
 """Samples of the whole batch."""
 
 

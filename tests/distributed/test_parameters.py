@@ -37,7 +37,7 @@ def divide(model: nn.Module) -> None:
 
 def measured(engine: Any, micro: int, early: bool = False, carried: bool = False, **options: Any) -> list[Seen]:
     """At every step: losses, Gram matrix, weights, gradients of the model."""
-    fsdp = {"fsdp": {"reshard_after_forward": False}} if engine == "fsdp2" else {}
+    fsdp = {"fsdp": {"reshard_after_forward": False}} if engine in ("fsdp2", "hsdp") else {}
     accelerator = accelerator_for(engine, gradient_accumulation_steps=micro, **fsdp)
     net = PINN()
     arguments: Any = {"tasks": TASKS, "accelerator": accelerator, "shared_parameters": SHARED, **options}
@@ -80,6 +80,8 @@ CUTS = [
     ("fsdp2", 1, 3),
     ("fsdp2", 2, 1),
     ("fsdp2", 2, 3),
+    pytest.param("hsdp", 4, 1, marks=pytest.mark.full),
+    pytest.param("hsdp", 4, 3, marks=pytest.mark.full),
 ]
 
 
