@@ -39,10 +39,10 @@ class Carrying(Loop):
         They are float64 (float32 where the device has no other), which changes the dtype of no tensor that has a
         dimension. Until ``attach`` every call gives the same tensors; then they are used up. A loss that is multiplied
         several times, in several forwards, counts as the sum. The total must be linear in them, or ``attach`` raises:
-        code that normalises its coefficients carries something else. Under FSDP and DeepSpeed, where a gradient cannot
-        be asked for beside the one backward, and in compiled code or somebody's own ``autograd.Function`` only what the
-        coefficients are multiplied by is seen, and a total that is not linear gives losses that are wrong. With
-        gradients disabled they are plain numbers in tensors.
+        code that normalises its coefficients carries something else. That cannot be seen under FSDP and DeepSpeed,
+        where no gradient can be asked for beside the one backward, nor inside of compiled code and of somebody's own
+        ``autograd.Function``: a total that is not linear there gives wrong losses. With gradients disabled they are
+        plain numbers in tensors.
 
         Raises:
             ValueError: The method needs more than the losses, or they before the backward (``lag=0``,
