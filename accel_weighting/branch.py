@@ -170,9 +170,9 @@ class Branch(Gathering):
         """Head ``k`` is called: with its own aliases in place of what it shares with the others."""
         if not torch.compiler.is_compiling():
             self.called.add(k)
+            if (alias := self._known_alias(k, args, kwargs)) is not None:
+                return (alias,), kwargs
         assert self.heads is not None
-        if (alias := self._known_alias(k, args, kwargs)) is not None:
-            return (alias,), kwargs
         if len(args) == 1 and not kwargs and self.heads.arguments[k] is None and isinstance(args[0], Tensor):
             if not can_be_shared(args[0]):
                 raise errors.head_without_input(self.tasks[k])
@@ -189,7 +189,7 @@ class Branch(Gathering):
     def _known_alias(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Head ``k``'s alias of the one tensor that it is called with, if a head of this forward had it before."""
         forward = self._forward
-        if forward is None or len(args) != 1 or kwargs or torch.compiler.is_compiling():
+        if forward is None or len(args) != 1 or kwargs:
             return None
         known, _, aliases = forward.joined[0]
         if args[0] is not known or not known.requires_grad or forward.graph_task != torch._C._current_graph_task_id():

@@ -7,7 +7,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,8 +44,7 @@ class Shares:
 NumItems = int | Mapping[str, int] | Shares | None
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """The losses of one micro-batch, checked.
 
     Attributes:
@@ -54,13 +53,15 @@ class Given:
         empty: Indices of the tasks that were said to have none (a count of 0).
         counts: How many items each loss is the mean of, ``[K]``; None where the block was not counted.
         shares: Those that the counts are, if they are ``Shares``.
+        dtypes: In which the losses came.
     """
 
     named: Mapping[str, Tensor]
     present: frozenset[int]
     empty: frozenset[int]
     counts: Sequence[float] | None
-    shares: Shares | None = None
+    shares: Shares | None
+    dtypes: frozenset[torch.dtype]
 
     @classmethod
     def parse(cls, losses: Any, num_items: Any, tasks: Sequence[str]) -> Given:
@@ -79,7 +80,7 @@ class Given:
         else:
             counts, empty = _item_counts(num_items, named, tasks)
         present = frozenset([k for k, task in enumerate(tasks) if task in named and k not in empty])
-        return cls(named, present, empty, counts, shares)
+        return cls(named, present, empty, counts, shares, frozenset([loss.dtype for loss in named.values()]))
 
     def vector(
         self, tasks: Sequence[str], head_outputs: Callable[[int], list[Tensor]], whole_graph: bool = False
@@ -95,8 +96,7 @@ class Given:
             whole_graph: Whether zeros go through the loss that came with a count of 0 to the head, and not only to it.
         """
         some = next(iter(self.named.values()))
-        wide = any(loss.dtype == torch.float64 for loss in self.named.values())
-        wide |= self.shares is not None and some.device.type != "mps"
+        wide = torch.float64 in self.dtypes or (self.shares is not None and not some.is_mps)
         device, dtype = some.device, torch.float64 if wide else torch.float32
         rows = []
         for k, task in enumerate(tasks):
@@ -151,7 +151,7 @@ def _item_counts(
     counts: dict[str, float] = {}
     wrong = {}
     for task, count in given.items():
-        if isinstance(count, Tensor) and count.ndim == 0 and count.device.type == "cpu":
+        if isinstance(count, Tensor) and count.ndim == 0 and count.is_cpu:
             count = count.item()
         number = float(count) if isinstance(count, numbers.Real) and not isinstance(count, bool) else -1.0
         if number >= 0 and number.is_integer():
@@ -233,6 +233,7 @@ class Bounds:
         if self._caps is None:
             return w
         caps = self.on_device("caps", self._caps, losses)
+        losses = losses.detach()
         scale = torch.where(losses > caps, caps / losses, 1.0)
         return scale if w is None else w * scale
 
