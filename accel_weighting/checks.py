@@ -7,7 +7,7 @@ import logging
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -248,8 +248,9 @@ def losses_by_task(losses: Any, tasks: Sequence[str]) -> Mapping[str, Tensor]:
         known(named, tasks)
     if not named:
         raise ValueError("Parameter `losses` is empty: give the loss of at least one task.")
-    if not all(isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point() for loss in named.values()):
-        raise _not_scalars(named)
+    for loss in named.values():
+        if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
+            raise _not_scalars(named)
     return named
 
 
@@ -300,9 +301,9 @@ def _not_scalars(named: Mapping[str, Any]) -> Exception:
     return kind("\n".join(complaints))
 
 
-def losses_have_graphs(losses: Mapping[str, Tensor], tasks: Sequence[str], present: Container[int]) -> None:
+def losses_have_graphs(losses: Mapping[str, Tensor], tasks: Sequence[str], present: Iterable[int]) -> None:
     """Gradients are enabled, so every loss that counts must lead somewhere."""
-    detached = [task for k, task in enumerate(tasks) if k in present and not losses[task].requires_grad]
+    detached = [tasks[k] for k in sorted(present) if not losses[tasks[k]].requires_grad]
     if detached:
         raise ValueError(
             "\n".join(f"Loss `{task}` does not require grad: it was detached before it came here." for task in detached)

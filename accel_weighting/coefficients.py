@@ -90,7 +90,7 @@ class Carrying(Loop):
         nodes = [node for node, _ in total.grad_fn.next_functions] if total.grad_fn is not None else []
         self._enter(lambda: nodes, total, last)
         if self._measuring:
-            self._verdict.warn_of_half_precision([total.dtype])
+            self._verdict.warn_of_half_precision([total])
             micro_batch = MicroBatch(given.present, self._window, given.scale(total))
             self._window.carried.append(_Carried(total, weights, given, micro_batch, self._branch))
         return total

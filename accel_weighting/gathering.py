@@ -121,7 +121,7 @@ class Gathering:
             The weights of the sum that goes on to the trunk, ``[K]``; None: 1 each.
         """
         micro_batch = self._active
-        came = frozenset[int]().union(*[tensor.came for tensor in rows])
+        came: frozenset[int] = frozenset().union(*[tensor.came for tensor in rows])
         if micro_batch is None:
             self._belongs_to_another(came)
             return None

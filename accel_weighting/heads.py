@@ -236,7 +236,7 @@ class Heads:
 
     def moved(self) -> list[str]:
         """Tasks whose head is no longer the module that was hooked."""
-        return [task for task, links in zip(self.tasks, self._links, strict=True) if not all(map(holds, links))]
+        return [self.tasks[k] for k, links in enumerate(self._links) if links and not all(map(holds, links))]
 
     def attach_again_at_first_forward(self, hooked: Hooked, ready: Callable[[], bool]) -> None:
         """Hooks the heads once more at the first forward of a module with a head in it, once it is ``ready``.

@@ -129,7 +129,7 @@ def collect(
     """
     branch = _BRANCHES.get(key)
     rows = [measure.Gathered(r) for r in _by_tensor(gradients, tensors)]
-    with _without_autocast(next(r.some() for r in rows if r.came)):
+    with _without_autocast(rows[0].some() if rows[0].came else next(r.some() for r in rows if r.came)):
         weights = None if branch is None else branch.collect(rows, inputs, mask)
         if torch.is_grad_enabled() and branch is not None and not branch.is_active:
             return [_inner_sum(r, key) for r in rows]
@@ -137,6 +137,8 @@ def collect(
 
 
 def _by_tensor(gradients: Gradients, tensors: int) -> list[Gradients]:
+    if tensors == 1:
+        return [gradients]
     tasks = len(gradients) // tensors
     return [gradients[t * tasks : (t + 1) * tasks] for t in range(tensors)]
 

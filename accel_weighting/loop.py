@@ -154,8 +154,8 @@ class Loop:
         """What a micro-batch of a training must find; with losses that are ``given``."""
         if self._rotations is not None and self._rotations.folded:
             raise were_folded()
-        if self.accelerator is not None:
-            checks.uneven_inputs(self.accelerator)
+        if (accelerator := self.accelerator) is not None:
+            checks.uneven_inputs(accelerator)
         if given is not None:
             checks.losses_have_graphs(given.named, self.tasks, given.present)
         if moved := self._branch.follow():
@@ -269,7 +269,7 @@ class Loop:
     def _record(self, given: Given, seen: Tensor, extra: Mapping[str, Tensor]) -> None:
         """Its losses, ``[K]``, go to the statistics."""
         window, several = self._window, self._several
-        self._verdict.warn_of_half_precision(given.dtypes)
+        self._verdict.warn_of_half_precision(given.named.values())
         extras = {name: loss.detach() for name, loss in extra.items()}
         if several is None:
             window.record(seen, given.present, given.counts, given.shares is not None)

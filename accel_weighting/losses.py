@@ -43,6 +43,8 @@ class Shares:
 
 NumItems = int | Mapping[str, int] | Shares | None
 
+NOBODY: frozenset[int] = frozenset()
+
 
 class Given(NamedTuple):
     """The losses of one micro-batch, checked.
@@ -53,15 +55,13 @@ class Given(NamedTuple):
         empty: Indices of the tasks that were said to have none (a count of 0).
         counts: How many items each loss is the mean of, ``[K]``; None where the block was not counted.
         shares: Those that the counts are, if they are ``Shares``.
-        dtypes: In which the losses came.
     """
 
     named: Mapping[str, Tensor]
     present: frozenset[int]
     empty: frozenset[int]
     counts: Sequence[float] | None
-    shares: Shares | None
-    dtypes: frozenset[torch.dtype]
+    shares: Shares | None = None
 
     @classmethod
     def parse(cls, losses: Any, num_items: Any, tasks: Sequence[str]) -> Given:
@@ -73,14 +73,14 @@ class Given(NamedTuple):
         """The same of losses that were checked."""
         shares = num_items if isinstance(num_items, Shares) else None
         if num_items is None:
-            counts, empty = None, frozenset[int]()
+            counts, empty = None, NOBODY
         elif shares is not None:
             counts = [shares.of(task) for task in tasks]
             empty = frozenset([k for k, share in enumerate(counts) if share == 0])
         else:
             counts, empty = _item_counts(num_items, named, tasks)
         present = frozenset([k for k, task in enumerate(tasks) if task in named and k not in empty])
-        return cls(named, present, empty, counts, shares, frozenset([loss.dtype for loss in named.values()]))
+        return cls(named, present, empty, counts, shares)
 
     def vector(
         self, tasks: Sequence[str], head_outputs: Callable[[int], list[Tensor]], whole_graph: bool = False
@@ -95,18 +95,19 @@ class Given(NamedTuple):
             head_outputs: What a task's head gave, tensors with a graph.
             whole_graph: Whether zeros go through the loss that came with a count of 0 to the head, and not only to it.
         """
-        some = next(iter(self.named.values()))
-        wide = torch.float64 in self.dtypes or (self.shares is not None and not some.is_mps)
-        device, dtype = some.device, torch.float64 if wide else torch.float32
-        rows = []
+        some, rows = next(iter(self.named.values())), []
         for k, task in enumerate(tasks):
-            row = self.named[task] if k in self.present else self._zero(task, some, head_outputs(k), whole_graph)
-            if self.shares is not None and k in self.present and wide:
+            if k not in self.present:
+                row = self._zero(task, some, head_outputs(k), whole_graph).to(some.dtype)
+            elif self.shares is not None and not some.is_mps:
                 # In the backward the mean's own division by n undoes this multiplication: what arrives at an item is
                 # its part of the mean over the whole window, as exactly as the loss's precision allows.
-                row = (row * self.shares.items[task]).double() / self.shares.items[task]
-            rows.append(row if row.dtype == dtype and row.device == device else row.to(device, dtype))
-        return torch.stack(rows)
+                row = (self.named[task] * self.shares.items[task]).double() / self.shares.items[task]
+            else:
+                row = self.named[task]
+            rows.append(row if row.device == some.device else row.to(some.device))
+        v = torch.stack(rows)  # in the widest of their precisions
+        return v if v.dtype in (torch.float32, torch.float64) else v.float()
 
     def _zero(self, task: str, some: Tensor, outputs: list[Tensor], whole_graph: bool) -> Tensor:
         if not torch.is_grad_enabled():

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from . import errors
 from .processes import BITS, Processes, signature_pieces
@@ -27,6 +28,8 @@ logger = logging.getLogger("accel_weighting")
 GRADIENTS = frozenset({"norms", "gram", "moments"})
 """Statistics that are taken at the branch point."""
 
+
+HALF = {torch.bfloat16, torch.float16}
 
 ALONE = 20
 """Windows in a row with one task each, and weights that stay, after which that is said."""
@@ -264,11 +267,10 @@ class Verdict:
         everyone = replace(statistics, present=np.ones_like(statistics.present))
         return not np.array_equal(self._method.update(state.method_state, everyone)[0], state.weights)
 
-    def warn_of_half_precision(self, dtypes: Iterable[torch.dtype]) -> None:
+    def warn_of_half_precision(self, losses: Iterable[Tensor]) -> None:
         """Once, where a loss comes in half precision."""
-        for dtype in dtypes:
-            if dtype in (torch.bfloat16, torch.float16):
-                self.warn_once("half", errors.losses_in_half_precision(str(dtype)))
+        if half := {loss.dtype for loss in losses} & HALF:
+            self.warn_once("half", errors.losses_in_half_precision(str(half.pop())))
 
     def warn_once(self, about: str, message: str, also: bool = False) -> None:
         """On the first process and, where it is ``also`` for this one, here; the first time."""

@@ -150,13 +150,8 @@ class Layout:
     def condense(self, vector: Tensor, first: int, end: int) -> tuple[Tensor, Tensor | None]:
         """After the sum over processes, still on the device: what the host reads, and what stays on the device.
 
-        Gradients at weights become their Gram matrix. Moments stay; the host learns their sum. Without either the host
-        reads all of it.
-
-        Args:
-            vector: The sums; what is before ``first`` and from ``end`` on is not of this layout, and for the host.
-            first: Where those of this layout begin.
-            end: Where they end.
+        Gradients at weights become their Gram matrix. Moments stay; the host learns their sum. This layout begins at
+        ``first`` and ends before ``end``; what is around it in the vector is for the host.
         """
         K, head = self.tasks, first + self._head
         if self.matrices is not None:
