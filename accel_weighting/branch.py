@@ -30,12 +30,6 @@ from .statistics import Method
 from .structures import argument, can_be_shared, mapped, tensors_in
 from .tracing import graph_of, place
 
-
-def _graph_task() -> int:
-    """Which backward is running: a recomputed forward (activation checkpointing) must not meet the next real one."""
-    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
-
-
 MANY = 200
 """The number of forwards without a call of `combine` after which a warning says that the losses go another way."""
 
@@ -170,9 +164,9 @@ class Branch(Gathering):
         """Head ``k`` is called: with its own aliases in place of what it shares with the others."""
         if not torch.compiler.is_compiling():
             self.called.add(k)
+            if (alias := self._known_alias(k, args, kwargs)) is not None:
+                return (alias,), kwargs
         assert self.heads is not None
-        if (alias := self._known_alias(k, args, kwargs)) is not None:
-            return (alias,), kwargs
         if len(args) == 1 and not kwargs and self.heads.arguments[k] is None and isinstance(args[0], Tensor):
             if not can_be_shared(args[0]):
                 raise errors.head_without_input(self.tasks[k])
@@ -189,7 +183,7 @@ class Branch(Gathering):
     def _known_alias(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Head ``k``'s alias of the one tensor that it is called with, if a head of this forward had it before."""
         forward = self._forward
-        if forward is None or len(args) != 1 or kwargs or torch.compiler.is_compiling():
+        if forward is None or len(args) != 1 or kwargs:
             return None
         known, _, aliases = forward.joined[0]
         if args[0] is not known or not known.requires_grad or forward.graph_task != torch._C._current_graph_task_id():
@@ -198,7 +192,7 @@ class Branch(Gathering):
             return None
         forward.taken.add(k)
         self.fed.add(k)
-        return self._rotated(aliases[k], k)
+        return aliases[k] if self.rotations is None else self._rotated(aliases[k], k)
 
     def copied_head(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """The head of a copied model: rotated as the original, and no more."""
@@ -282,17 +276,21 @@ class Branch(Gathering):
     def _join(self, zs: Sequence[Tensor], mask: Tensor | None = None) -> list[Aliases]:
         """For every tensor one alias per task."""
         K = len(self.tasks)
-        undivided: list[Aliases] = [(z,) * K for z in zs]
-        if not torch.is_grad_enabled() or _in_transform() or not (torch.compiler.is_compiling() or not self._passes()):
-            return undivided
+        if not torch.is_grad_enabled() or _in_transform():
+            return [(z,) * K for z in zs]
+        return self._divided(zs, mask)
+
+    def _divided(self, zs: Sequence[Tensor], mask: Tensor | None = None) -> list[Aliases]:
+        """The same in a forward of a training."""
+        K = len(self.tasks)
         with_graph = [z for z in zs if z.requires_grad]
-        if not with_graph:
-            return undivided
+        if not with_graph or not (torch.compiler.is_compiling() or not self._passes()):
+            return [(z,) * K for z in zs]
         self.fed.update(range(K)) if self.heads is None and not torch.compiler.is_compiling() else None
         inputs = None
         if self.shared_layer is not None:
             if len(zs) > 1:  # each with an input of its own
-                return [self._join([z], mask)[0] for z in zs]
+                return [self._divided([z], mask)[0] for z in zs]
             inputs = self.shared_layer.input_for(zs[0])
         elif self.rotations is not None and self.rotations.cooperative:
             inputs = zs[0].detach()
@@ -300,8 +298,8 @@ class Branch(Gathering):
             self._before_join()
         flat: tuple[Tensor, ...]
         flat = self._join_of_tasks.apply(inputs, mask, self.key, K, *with_graph)  # type: ignore[no-untyped-call]
-        aliases = {id(z): flat[t * K : (t + 1) * K] for t, z in enumerate(with_graph)}
-        return [aliases.get(id(z), whole) for z, whole in zip(zs, undivided, strict=True)]
+        divided = iter([flat[t * K : (t + 1) * K] for t in range(len(with_graph))])
+        return [next(divided) if z.requires_grad else (z,) * K for z in zs]
 
     def _before_join(self) -> None:
         """What is to be known, or said, of a join that is not compiled."""
@@ -321,9 +319,10 @@ class Branch(Gathering):
             return [self._rotated(z, k) for z in zs]
         if torch.compiler.is_compiling():
             return self._alias_compiled(zs, k)
-        if any(z.requires_grad for z in zs):
-            self.fed.add(k)
-        graph_task, forward = _graph_task(), self._forward
+        for z in zs:
+            if z.requires_grad:
+                self.fed.add(k)
+        graph_task, forward = torch._C._current_graph_task_id(), self._forward
         if forward is None or forward.graph_task != graph_task:
             forward = Forward(graph_task)
         missing = [z for z in zs if forward.aliases(z) is None]
@@ -332,7 +331,7 @@ class Branch(Gathering):
         if missing:
             missing = _distinct(missing)
             self._before_join()
-            divided = self._tapped(missing) or self._join(missing)
+            divided = self._tapped(missing) or self._divided(missing)
             forward.joined += [(z, 0, aliases) for z, aliases in zip(missing, divided, strict=True)]
         forward.taken.add(k)
         self._forward = forward
@@ -372,7 +371,7 @@ class Branch(Gathering):
         """For every tensor the aliases that are made and measured one by one; nothing where they are to be joined."""
         if self._tap_above == math.inf or torch._C._is_tracing():
             return ()
-        if len(self.tasks) * sum(z.numel() for z in zs) < self._tap_above:
+        if len(self.tasks) * sum(map(Tensor.numel, zs)) < self._tap_above:
             return ()
         if self._passes() or not all(z.requires_grad for z in zs):
             return ()
@@ -381,6 +380,8 @@ class Branch(Gathering):
 
 def _distinct(zs: Sequence[Tensor]) -> list[Tensor]:
     """Each tensor once."""
+    if len(zs) == 1:
+        return list(zs)
     found: list[Tensor] = []
     for z in zs:
         if not any(same(z, other) for other in found):

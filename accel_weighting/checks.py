@@ -244,12 +244,13 @@ def started_alone(launched: int | None) -> None:
 def losses_by_task(losses: Any, tasks: Sequence[str]) -> Mapping[str, Tensor]:
     """The losses by name, whatever they came in, every one checked; all offenders are named at once."""
     named = _named(losses, tasks)
-    if len(named) != len(tasks) or not all(task in named for task in tasks):
+    if len(named) != len(tasks) or not all(map(named.__contains__, tasks)):
         known(named, tasks)
     if not named:
         raise ValueError("Parameter `losses` is empty: give the loss of at least one task.")
-    if not all(isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point() for loss in named.values()):
-        raise _not_scalars(named)
+    for loss in named.values():
+        if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
+            raise _not_scalars(named)
     return named
 
 
@@ -300,9 +301,9 @@ def _not_scalars(named: Mapping[str, Any]) -> Exception:
     return kind("\n".join(complaints))
 
 
-def losses_have_graphs(losses: Mapping[str, Tensor], present: Iterable[str]) -> None:
+def losses_have_graphs(losses: Mapping[str, Tensor], tasks: Sequence[str], present: Iterable[int]) -> None:
     """Gradients are enabled, so every loss that counts must lead somewhere."""
-    detached = [task for task in present if not losses[task].requires_grad]
+    detached = [tasks[k] for k in sorted(present) if not losses[tasks[k]].requires_grad]
     if detached:
         raise ValueError(
             "\n".join(f"Loss `{task}` does not require grad: it was detached before it came here." for task in detached)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -99,7 +98,7 @@ class Carrying(Loop):
         nodes = [node for node, _ in total.grad_fn.next_functions] if total.grad_fn is not None else []
         self._enter(lambda: nodes, total, last)
         if self._measuring:
-            self._verdict.warn_of_half_precision({"total": total})
+            self._verdict.warn_of_half_precision([total])
             micro_batch = MicroBatch(given.present, self._window, given.scale(total))
             self._window.carried.append(_Carried(total, weights, given, micro_batch, self._branch))
         return total
@@ -143,8 +142,8 @@ class _Carried:
         self._came: dict[int, Tensor] = {}
         copies = torch.stack([weight.detach() for weight in weights.values()]).to(total.device)
         self._zero = copies.new_zeros(())
-        self.given = replace(given, named=dict.fromkeys(weights, self._zero))  # their hooks hold this, and it not them
-        branch.watch(total, micro_batch, copies)
+        self.given = given._replace(named=dict.fromkeys(weights, self._zero))  # their hooks hold this, and it not them
+        branch.watch_total(total, micro_batch, copies)
         total.register_hook(self._begins)  # type: ignore[no-untyped-call]
         for k, weight in enumerate(weights.values()):
             weight.register_hook(partial(self._arrives, k))  # type: ignore[no-untyped-call]

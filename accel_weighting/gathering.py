@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from . import errors, measure
-from .join import Gradients, passed_inside
+from .join import passed_inside, without_graph
 from .parameters import SharedParameters
 from .rotations import Rotations
 from .rows import Rows
@@ -47,22 +47,30 @@ class Gathering:
         """Drops what the last forward left."""
         raise NotImplementedError
 
-    def watch(self, losses: Tensor, micro_batch: MicroBatch, weights: Tensor | None = None) -> None:
+    def watch(self, losses: Tensor, micro_batch: MicroBatch) -> None:
         """From when a backward passes ``losses`` ``[K]`` to its end, gradients at the join belong to the micro-batch.
 
-        With ``weights`` ``[K]``, ``losses`` is their sum by these weights, ``[]``. Any other gradient through the
-        branch (a generator's step through the discriminator, a user's own ``torch.autograd.grad``, a backward after one
-        that was interrupted) passes unrecorded and unweighted.
+        Any other gradient through the branch (a generator's step through the discriminator, a user's own
+        ``torch.autograd.grad``, a backward after one that was interrupted) passes unrecorded and unweighted.
+
+        Args:
+            losses: All of them, stacked: the one output of a node, whose hooks cost less than a tensor's.
+            micro_batch: The micro-batch.
         """
+        node = losses.grad_fn
+        assert node is not None
+        node.register_prehook(lambda gradients: self._begins(gradients[0].detach(), micro_batch))
 
-        def begins(factors: Tensor) -> None:
-            factors = factors.detach() if weights is None else factors.detach() * weights
-            micro_batch.factors = micro_batch.window.factors = factors
-            running = _Pass(micro_batch, self._end_backward)
-            self._pass = weakref.ref(running)
-            Variable._execution_engine.queue_callback(running)
+    def watch_total(self, total: Tensor, micro_batch: MicroBatch, weights: Tensor) -> None:
+        """The same of a ``total``, ``[]``, which is the sum of the losses by ``weights``, ``[K]``."""
+        total.register_hook(lambda factor: self._begins(factor.detach() * weights, micro_batch))  # type: ignore[no-untyped-call]
 
-        losses.register_hook(begins)  # type: ignore[no-untyped-call]
+    def _begins(self, factors: Tensor, micro_batch: MicroBatch) -> None:
+        """The backward of a micro-batch begins."""
+        micro_batch.factors = micro_batch.window.factors = factors
+        running = _Pass(micro_batch, self._end_backward)
+        self._pass = weakref.ref(running)
+        Variable._execution_engine.queue_callback(running)
 
     def _end_backward(self, micro_batch: MicroBatch) -> None:
         self._pass = None
@@ -101,7 +109,7 @@ class Gathering:
             raise errors.loss_on_derivatives()
         micro_batch.window.derivatives = True
 
-    def collect(self, rows: Sequence[Gradients], inputs: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    def collect(self, rows: Sequence[measure.Gathered], inputs: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """Measures the gradients of one join.
 
         Args:
@@ -113,21 +121,21 @@ class Gathering:
             The weights of the sum that goes on to the trunk, ``[K]``; None: 1 each.
         """
         micro_batch = self._active
-        came = frozenset(k for tensor in rows for k, g in enumerate(tensor) if g is not None)
+        came: frozenset[int] = frozenset().union(*[tensor.came for tensor in rows])
         if micro_batch is None:
             self._belongs_to_another(came)
             return None
-        some = next(g for tensor in rows for g in tensor if g is not None)
         arrived = came & micro_batch.present
         if micro_batch.decide is not None and micro_batch.collected:
             raise errors.second_join_of_a_step()
         self._note(micro_batch, rows, arrived)
         if micro_batch.decide is not None and not micro_batch.present:
             # There is nothing to add, but the other processes wait for this one.
+            some = next(tensor.some() for tensor in rows if tensor.came)
             zeros = measure.wide(some.new_zeros(len(self.tasks), len(self.tasks)))
             micro_batch.shared_weights = micro_batch.decide(zeros, arrived)
         if arrived and (micro_batch.record or micro_batch.decide is not None):
-            with torch.no_grad():
+            with without_graph():
                 here: Sequence[measure.Rows] = rows  # of which a stack may be there already
                 if arrived != came:
                     here = [[g if k in arrived else None for k, g in enumerate(tensor)] for tensor in rows]
@@ -140,11 +148,10 @@ class Gathering:
             for k in came:
                 self._outputs.pop(k, None)
 
-    def _note(self, micro_batch: MicroBatch, rows: Sequence[Gradients], arrived: frozenset[int]) -> None:
+    def _note(self, micro_batch: MicroBatch, rows: Sequence[measure.Gathered], arrived: frozenset[int]) -> None:
         """Whose gradients came to one join, and of which shapes."""
         if arrived or not micro_batch.present:
-            firsts = (next((g for g in tensor if g is not None), None) for tensor in rows)
-            shapes = tuple([first.shape for first in firsts if first is not None])
+            shapes = tuple([tensor.some().shape for tensor in rows if tensor.came])
             micro_batch.collected.append((shapes, arrived))
             if len(self.reads) < len(self.tasks):
                 self.reads.update((k, shapes) for k in arrived if k not in self.reads)
@@ -195,7 +202,7 @@ class Gathering:
             micro_batch.collected.append(((g.shape,), arrived))
         if micro_batch.record and arrived:
             micro_batch.window.arrived |= arrived
-            with torch.no_grad():
+            with without_graph():
                 micro_batch.squares[k] = micro_batch.squares.get(k, 0.0) + measure.square(g)
 
     def at_parameter(self, k: int, i: int, g: Tensor) -> None:
@@ -205,7 +212,7 @@ class Gathering:
             return
         assert self.parameters is not None
         micro_batch.came.add(k)
-        with torch.no_grad():
+        with without_graph():
             micro_batch.window.add_at(k, self.parameters.place(i), g, micro_batch.divisors[k])
 
     def at_rows(self, g: Tensor, rows: Rows, inputs: Tensor | None) -> Tensor | None:
@@ -226,7 +233,7 @@ class Gathering:
             owned = micro_batch.present if rows.owned is None else rows.owned & micro_batch.present
             micro_batch.window.arrived |= owned
             self.reads.update((k, (g.shape,)) for k in owned if k not in self.reads)
-            with torch.no_grad():
+            with without_graph():
                 self._measure_rows(micro_batch, g.detach(), rows, inputs)
         w = micro_batch.shared_weights
         return None if w is None else g * rows.weights(w, g)

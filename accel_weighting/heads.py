@@ -57,13 +57,13 @@ class _Before(_Hook):
 
     def __init__(self, hooked: Hooked, k: int, copied: bool = False) -> None:
         self.hooked, self._k, self.copied = hooked, k, copied
+        self._call = hooked.copied_head if copied else hooked.before_head
         self.keeps = None if copied else hooked.owner()  # the weighter lives as long as a model that it is hooked to
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         if _STATE in module.__dict__ and not torch.compiler.is_compiling():
             module.__dict__[_STATE] = _CALLED
-        before = self.hooked.copied_head if self.copied else self.hooked.before_head
-        call = before(self._k, module, args, kwargs or {})
+        call = self._call(self._k, module, args, kwargs or {})
         return call[0] if kwargs is None else call  # torch gives no kwargs to a hook that was removed in this very call
 
     def __deepcopy__(self, memo: Any) -> _Before:
@@ -236,7 +236,7 @@ class Heads:
 
     def moved(self) -> list[str]:
         """Tasks whose head is no longer the module that was hooked."""
-        return [task for task, links in zip(self.tasks, self._links, strict=True) if not all(map(holds, links))]
+        return [self.tasks[k] for k, links in enumerate(self._links) if links and not all(map(holds, links))]
 
     def attach_again_at_first_forward(self, hooked: Hooked, ready: Callable[[], bool]) -> None:
         """Hooks the heads once more at the first forward of a module with a head in it, once it is ``ready``.

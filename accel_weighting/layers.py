@@ -151,7 +151,7 @@ def weight_gradient(layer: Layer, inputs: Tensor, g: Tensor) -> Tensor:
     if c is not None and inputs.ndim == len(c.stride) + 1:  # a sample without a batch
         inputs, g = inputs[None], g[None]
     whole = 1 if c is None else len(c.stride) + 1
-    precision = torch.float32 if g.device.type == "mps" else torch.float64
+    precision = torch.float32 if g.is_mps else torch.float64
     total = torch.zeros(layer.matrix, dtype=precision, device=g.device)
     for a, part in in_pieces([inputs, g], piece_size(g), whole):
         total += _of_piece(c, wide(a), wide(part))
@@ -172,12 +172,12 @@ def weight_gradients_of_rows(layer: Layer, inputs: Tensor, g: Tensor, index: Ten
     whole = 1 if c is None else len(c.stride) + 1
     index = index.reshape(*index.shape, *[1] * (g.ndim - index.ndim))
     index = index.expand(*g.shape[:-whole], *[1] * whole).reshape(*shape[:-whole], *[1] * whole)
-    precision = torch.float32 if g.device.type == "mps" else torch.float64
+    precision = torch.float32 if g.is_mps else torch.float64
     total = torch.zeros(tasks, *layer.matrix, dtype=precision, device=g.device)
     for a, part, own in in_pieces([inputs, g.reshape(shape), index], copied_size(g) * 2, whole):
         for k in range(tasks):
             rows = own == k
-            if g.device.type != "cpu" or bool(rows.any()):
+            if not g.is_cpu or bool(rows.any()):
                 total[k] += _of_piece(c, wide(a), wide(torch.where(rows, part, 0)))
     return total
 

@@ -136,11 +136,12 @@ class Loop:
             self._audit.look(given.named, given.present, self._branch)
         self._branch.forget()
         total = self._total(v, extra, given, record, paused)
-        self._say_what_its_backward_needs(micro_batch, given, v.detach())
+        seen = v.detach()
+        self._say_what_its_backward_needs(micro_batch, given, seen)
         if not paused:
             self._enter(lambda: [loss.grad_fn for loss in given.named.values()], total, last, freeze)
         if record:
-            self._record(given, v.detach(), extra)
+            self._record(given, seen, extra)
         if record or not self._on_losses:
             self._branch.watch(v, micro_batch)
         return total
@@ -158,10 +159,10 @@ class Loop:
         """What a micro-batch of a training must find; with losses that are ``given``."""
         if self._rotations is not None and self._rotations.folded:
             raise were_folded()
-        if self.accelerator is not None:
-            checks.uneven_inputs(self.accelerator)
+        if (accelerator := self.accelerator) is not None:
+            checks.uneven_inputs(accelerator)
         if given is not None:
-            checks.losses_have_graphs(given.named, [self.tasks[k] for k in sorted(given.present)])
+            checks.losses_have_graphs(given.named, self.tasks, given.present)
         if moved := self._branch.follow():
             raise errors.head_moved_in_a_forward(moved)
         if self._window.due and not paused:
@@ -230,7 +231,7 @@ class Loop:
         else:
             weights = self._multipliers(state)
         w = None if weights is None else self._bounds.on_device("losses", weights, v)
-        w = self._bounds.capped(w, v.detach())
+        w = self._bounds.capped(w, v)
         w = w if given is None else given.shared(w, v)
         if torch.is_grad_enabled() and not paused and weights is not None and self._on_losses:
             state.applied = weights
@@ -276,7 +277,7 @@ class Loop:
     def _record(self, given: Given, seen: Tensor, extra: Mapping[str, Tensor]) -> None:
         """Its losses, ``[K]``, go to the statistics."""
         window, several = self._window, self._several
-        self._verdict.warn_of_half_precision(given.named)
+        self._verdict.warn_of_half_precision(given.named.values())
         extras = {name: loss.detach() for name, loss in extra.items()}
         if several is None:
             window.record(seen, given.present, given.counts, given.shares is not None)

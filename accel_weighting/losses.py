@@ -7,7 +7,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,9 +43,10 @@ class Shares:
 
 NumItems = int | Mapping[str, int] | Shares | None
 
+NOBODY: frozenset[int] = frozenset()
 
-@dataclass(frozen=True)
-class Given:
+
+class Given(NamedTuple):
     """The losses of one micro-batch, checked.
 
     Attributes:
@@ -72,7 +73,7 @@ class Given:
         """The same of losses that were checked."""
         shares = num_items if isinstance(num_items, Shares) else None
         if num_items is None:
-            counts, empty = None, frozenset[int]()
+            counts, empty = None, NOBODY
         elif shares is not None:
             counts = [shares.of(task) for task in tasks]
             empty = frozenset([k for k, share in enumerate(counts) if share == 0])
@@ -94,19 +95,19 @@ class Given:
             head_outputs: What a task's head gave, tensors with a graph.
             whole_graph: Whether zeros go through the loss that came with a count of 0 to the head, and not only to it.
         """
-        some = next(iter(self.named.values()))
-        wide = any(loss.dtype == torch.float64 for loss in self.named.values())
-        wide |= self.shares is not None and some.device.type != "mps"
-        device, dtype = some.device, torch.float64 if wide else torch.float32
-        rows = []
+        some, rows = next(iter(self.named.values())), []
         for k, task in enumerate(tasks):
-            row = self.named[task] if k in self.present else self._zero(task, some, head_outputs(k), whole_graph)
-            if self.shares is not None and k in self.present and wide:
+            if k not in self.present:
+                row = self._zero(task, some, head_outputs(k), whole_graph).to(some.dtype)
+            elif self.shares is not None and not some.is_mps:
                 # In the backward the mean's own division by n undoes this multiplication: what arrives at an item is
                 # its part of the mean over the whole window, as exactly as the loss's precision allows.
-                row = (row * self.shares.items[task]).double() / self.shares.items[task]
-            rows.append(row if row.dtype == dtype and row.device == device else row.to(device, dtype))
-        return torch.stack(rows)
+                row = (self.named[task] * self.shares.items[task]).double() / self.shares.items[task]
+            else:
+                row = self.named[task]
+            rows.append(row if row.device == some.device else row.to(some.device))
+        v = torch.stack(rows)  # in the widest of their precisions
+        return v if v.dtype in (torch.float32, torch.float64) else v.float()
 
     def _zero(self, task: str, some: Tensor, outputs: list[Tensor], whole_graph: bool) -> Tensor:
         if not torch.is_grad_enabled():
@@ -151,7 +152,7 @@ def _item_counts(
     counts: dict[str, float] = {}
     wrong = {}
     for task, count in given.items():
-        if isinstance(count, Tensor) and count.ndim == 0 and count.device.type == "cpu":
+        if isinstance(count, Tensor) and count.ndim == 0 and count.is_cpu:
             count = count.item()
         number = float(count) if isinstance(count, numbers.Real) and not isinstance(count, bool) else -1.0
         if number >= 0 and number.is_integer():
@@ -233,6 +234,7 @@ class Bounds:
         if self._caps is None:
             return w
         caps = self.on_device("caps", self._caps, losses)
+        losses = losses.detach()
         scale = torch.where(losses > caps, caps / losses, 1.0)
         return scale if w is None else w * scale
 

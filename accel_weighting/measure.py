@@ -6,9 +6,9 @@ over a piece is in float32 or wider, and what the pieces come to is added up in 
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,20 +25,38 @@ Rows = Sequence[Tensor | None]
 
 
 class Gathered(list[Tensor | None]):
-    """Rows whose stack is made once, for all that read it."""
+    """Rows that are looked through, and whose stack is made, once for all that read it.
 
-    @functools.cached_property
+    Attributes:
+        came: Indices of the tasks that have a gradient.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__(rows)
+        self.came = [k for k, g in enumerate(rows) if g is not None]
+        self._stack: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Rows) -> Gathered:
+        """The rows themselves, where they are looked through already."""
+        return rows if isinstance(rows, Gathered) else cls(rows)
+
+    def some(self) -> Tensor:
+        """One of the gradients that came."""
+        return self[self.came[0]]  # type: ignore[return-value]
+
     def stack(self) -> Tensor:
         """``[K, ...]``; zeros where there is none."""
-        return torch.stack(_with_zeros(self))
+        if self._stack is None or torch.is_grad_enabled():  # in which case every reader has a graph of its own
+            self._stack = torch.stack(self.with_zeros())
+        return self._stack
 
-
-def _with_zeros(rows: Rows) -> list[Tensor]:
-    some = next(g for g in rows if g is not None)
-    if all(g is not None for g in rows):
-        return list(rows)  # type: ignore[arg-type]
-    zeros = some.new_zeros(()).expand_as(some)
-    return [zeros if g is None else g for g in rows]
+    def with_zeros(self) -> list[Tensor]:
+        """The gradients; zeros where there is none."""
+        if len(self.came) == len(self):
+            return self  # type: ignore[return-value]
+        zeros = self.some().new_zeros(()).expand_as(self.some())
+        return [zeros if g is None else g for g in self]
 
 
 def weighted_sum(rows: Rows, weights: Tensor | None = None) -> Tensor | None:
@@ -50,20 +68,21 @@ def weighted_sum(rows: Rows, weights: Tensor | None = None) -> Tensor | None:
         rows: One gradient per task.
         weights: ``[K]``; None: 1 each.
     """
-    came = [(k, g) for k, g in enumerate(rows) if g is not None]
-    if not came:
+    rows = Gathered.of(rows)
+    if not rows.came:
         return None
-    (k, total), *others = came
+    k, *others = rows.came
+    total = rows.some()
     w = None if weights is None else weights.to(total.dtype)
     if w is None and not others:
         return total
     if is_small(total, len(rows)):
-        shared = isinstance(rows, Gathered) and not torch.is_grad_enabled()
-        V = rows.stack if shared else torch.stack(_with_zeros(rows))  # type: ignore[attr-defined]
+        V = rows.stack()
         return (V if w is None else V * w.view(-1, *(1,) * total.ndim)).sum(0)
     if w is not None:
         total = total * w[k]
-    for n, (j, g) in enumerate(others):
+    for n, j in enumerate(others):
+        g: Any = rows[j]
         if w is not None:
             total = total.addcmul_(g, w[j])
             continue
@@ -77,23 +96,20 @@ def weighted_sum(rows: Rows, weights: Tensor | None = None) -> Tensor | None:
 def gram(tensors: Sequence[Rows]) -> Tensor:
     """Inner products of all gradients, ``[K, K]``, summed over the tensors; rows that are None count as zeros."""
     total: Tensor | None = None
-    for rows in tensors:
-        if any(g is not None for g in rows):
+    for rows in map(Gathered.of, tensors):
+        if rows.came:
             products = _gram(rows)
             total = products if total is None else total + products
     assert total is not None
     return total
 
 
-def _gram(rows: Rows) -> Tensor:
-    some = next(g for g in rows if g is not None)
-    K = len(rows)
+def _gram(rows: Gathered) -> Tensor:
+    some, came, K = rows.some(), rows.came, len(rows)
     if is_small(some, K):
-        V = rows.stack if isinstance(rows, Gathered) else torch.stack(_with_zeros(rows))
-        V = _real(V).flatten(1)
-        V = wide(V) if some.device.type == "mps" else V.double()
+        V = _real(rows.stack()).flatten(1)
+        V = wide(V) if some.is_mps else V.double()
         return V @ V.T
-    came = [k for k, g in enumerate(rows) if g is not None]
     with full_precision(some.device):
         products = _gram_in_pieces([_real(rows[k]) for k in came])  # type: ignore[arg-type]
     if len(came) == K:
@@ -112,7 +128,7 @@ def _real(x: Tensor) -> Tensor:
 
 def _gram_in_pieces(rows: Sequence[Tensor]) -> Tensor:
     """``[n, n]`` in float64 of rows that all came."""
-    K, on_cpu = len(rows), rows[0].device.type == "cpu"
+    K, on_cpu = len(rows), rows[0].is_cpu
     size = max(BLOCK, piece_size(rows[0]) // K // BLOCK * BLOCK)
     scales = None if on_cpu else _scales(rows)
     sums: list[Tensor] = []
@@ -147,7 +163,7 @@ def _checked(V: Tensor) -> Tensor:
 
 def _added_up(parts: Sequence[Tensor]) -> Tensor:
     every = parts[0] if len(parts) == 1 else torch.cat(list(parts))
-    return every.sum(0, dtype=torch.float32 if every.device.type == "mps" else torch.float64)
+    return every.sum(0, dtype=torch.float32 if every.is_mps else torch.float64)
 
 
 def _products(V: Tensor) -> list[Tensor]:
@@ -166,7 +182,7 @@ def _products(V: Tensor) -> list[Tensor]:
 def _bmm(W: Tensor) -> Tensor:
     """``W Wᵀ`` of a batch; of half precision with sums in float32."""
     if W.dtype in (torch.float16, torch.bfloat16):
-        if _WIDE_SUMS and W.device.type == "cuda":
+        if _WIDE_SUMS and W.is_cuda:
             return torch.bmm(W, W.mT, out_dtype=torch.float32)
         W = W.float()
     return torch.bmm(W, W.mT)
@@ -188,7 +204,7 @@ def _scales(rows: Sequence[Tensor]) -> Tensor | None:
 def square(g: Tensor) -> Tensor:
     """The squared norm of one gradient, a float64 number on its device, with next to no memory besides."""
     x = _real(g)
-    if x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous():
+    if x.is_cpu and x.dtype == torch.float32 and x.is_contiguous():
         whole = x.numel() // BLOCK * BLOCK
         x = x.view(-1)
         W = x[:whole].view(-1, 1, BLOCK)
@@ -199,7 +215,7 @@ def square(g: Tensor) -> Tensor:
 
 
 def _square_in_pieces(x: Tensor) -> Tensor:
-    dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    dtype = torch.float32 if x.is_mps else torch.float64
     size = min(piece_size(x) // 2, max(1 << 13, x.numel() // 32))
     total = torch.zeros((), dtype=dtype, device=x.device)
     for (part,) in in_pieces([x], size):
@@ -223,7 +239,7 @@ def squares_of_rows(g: Tensor, index: Tensor, tasks: int) -> Tensor:
         tasks: K.
     """
     x = _real(g)
-    dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    dtype = torch.float32 if x.is_mps else torch.float64
     flat = index.flatten()
     total = torch.zeros(tasks + 1, dtype=dtype, device=x.device)
     for part, own in in_pieces([x.reshape(len(flat), -1), flat.unsqueeze(1)], copied_size(x), 1):

@@ -30,7 +30,7 @@ def wide(x: Tensor) -> Tensor:
 
 def piece_size(x: Tensor) -> int:
     """How many elements of tensors like this one are read at once."""
-    return PIECE_ON_CPU if x.device.type == "cpu" else PIECE_BYTES // x.element_size()
+    return PIECE_ON_CPU if x.is_cpu else PIECE_BYTES // x.element_size()
 
 
 def copied_size(x: Tensor) -> int:
@@ -41,7 +41,7 @@ def copied_size(x: Tensor) -> int:
 
 def is_small(x: Tensor, tasks: int) -> bool:
     """Whether so many tensors like this one are small."""
-    return tasks * x.numel() <= (SMALL_ON_CPU if x.device.type == "cpu" else SMALL)
+    return tasks * x.numel() <= (SMALL_ON_CPU if x.is_cpu else SMALL)
 
 
 def in_pieces(tensors: Sequence[Tensor], size: int, whole: int = 0) -> Iterator[Sequence[Tensor]]:

@@ -90,7 +90,7 @@ class Reduction:
 
     Attributes:
         host: What the host reads of the sum, on its way to the CPU: signature, payload, fingerprint.
-        device: What stays on the device.
+        device: What stays on the device, if anything does.
         world: Number of processes.
         signature: Length of the signature at the beginning of ``host``.
         fingerprint: Length of the fingerprint at its end.
@@ -98,13 +98,13 @@ class Reduction:
     """
 
     host: Tensor
-    device: Tensor
+    device: Tensor | None
     world: int
     signature: int
     fingerprint: int
     ready: torch.cuda.Event | None = None
 
-    def wait(self) -> tuple[bool, NDArray[np.float64], Tensor]:
+    def wait(self) -> tuple[bool, NDArray[np.float64], Tensor | None]:
         """Whether the processes agree, the host's part of the payload, and the device's.
 
         The host waits only if the device is not there yet.
@@ -185,7 +185,7 @@ class Processes:
         numbers: Sequence[float],
         parts: Sequence[Tensor],
         signature: Sequence[int],
-        condense: Callable[[Tensor], tuple[Tensor, Tensor]],
+        condense: Callable[[Tensor, int, int], tuple[Tensor, Tensor | None]],
         step: int,
         large: Tensor | None = None,
     ) -> Reduction:
@@ -199,7 +199,8 @@ class Processes:
             numbers: What the host knows.
             parts: float64 vectors on the device, at least one.
             signature: Small integers that must be alike on all processes.
-            condense: Divides the summed numbers and parts, still on the device, in what the host reads and what stays.
+            condense: Divides the summed vector, still on the device, in what the host reads and what stays there. It is
+                given where numbers and parts begin and end; what is around them is for the host.
             step: Of the optimizer, for the error.
             large: State on the device that must be alike on all processes, or None.
 
@@ -222,10 +223,8 @@ class Processes:
             if left_waiting(error):
                 raise errors.left_waiting(step) from error
             raise
-        end = len(vector) - last
-        host, rest = condense(vector[first:end])
-        host = torch.cat([vector[:first], host, vector[end:]])
-        if host.device.type != "cuda":
+        host, rest = condense(vector, first, len(vector) - last)
+        if not host.is_cuda:
             return Reduction(host, rest, self.world, first, last)
         pinned = torch.empty(host.shape, dtype=host.dtype, pin_memory=True)
         pinned.copy_(host, non_blocking=True)
@@ -249,7 +248,7 @@ class Processes:
             if length < self._own.length:
                 vector = torch.cat([vector, vector.new_zeros(self._own.length - length)])
             self._all_reduce(vector)
-            return vector[:length]
+            return vector if length == len(vector) else vector[:length]
         self._first = False
         self._own.length = max(self._own.length, min(length, FIRST))
         padded = torch.cat([vector, vector.new_zeros(max(FIRST - length, 0))])

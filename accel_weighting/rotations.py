@@ -346,7 +346,7 @@ def _why_not(linear: nn.Linear, owners: Mapping[int, set[int]]) -> str | None:
 def _multiply(linear: nn.Linear, R: Tensor) -> None:
     """``W[:, :m] ← W[:, :m] R``; a DTensor's rows are divided, and every process multiplies its own."""
     W = _local(linear.weight)
-    wide = torch.float32 if W.device.type == "mps" else torch.float64
+    wide = torch.float32 if W.is_mps else torch.float64
     m = len(R)
     W[:, :m] = W[:, :m].to(wide) @ R.to(W.device, wide)
 

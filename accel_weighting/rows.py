@@ -33,7 +33,7 @@ class Rows:
             ValueError: An owner is no task.
         """
         owned = None
-        if owner.device.type == "cpu":
+        if owner.is_cpu:
             found = set(owner.flatten().tolist())
             if wrong := sorted(found - set(range(-1, tasks))):
                 raise _out_of_range(wrong, tasks)

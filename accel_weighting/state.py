@@ -91,7 +91,7 @@ class WeighterState:
             RuntimeError: Its weights are not finite; nothing was changed.
         """
         weights, method_state = self._method.update(self.method_state, statistics if seen is None else seen)
-        if not np.isfinite(weights).all():
+        if np.count_nonzero(np.isfinite(weights)) < len(weights):
             raise _weights_not_finite(self._method, weights, statistics.step)
         weights, loss_weights = self._bounded(weights, _entry(method_state, "loss_weights"), statistics, method_state)
         self.weights, self.method_state, self.statistics = weights, method_state, statistics

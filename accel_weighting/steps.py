@@ -126,7 +126,7 @@ class Steps:
         else:
             state.update(found, self._bounds.above(found))
         if not isinstance(found, Held):
-            self._verdict.notice_update(found, state, moved=not np.array_equal(before, state.weights))
+            self._verdict.notice_update(found, state, before)
         if self._lag == 0:  # its own weights are those of the update that has just been
             state.add_to_average()
         state.record(step, None if isinstance(found, Held) else found)

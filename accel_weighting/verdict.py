@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -27,6 +27,9 @@ logger = logging.getLogger("accel_weighting")
 
 GRADIENTS = frozenset({"norms", "gram", "moments"})
 """Statistics that are taken at the branch point."""
+
+
+HALF = {torch.bfloat16, torch.float16}
 
 ALONE = 20
 """Windows in a row with one task each, and weights that stay, after which that is said."""
@@ -88,6 +91,7 @@ class Verdict:
         self._built = {"tasks": list(tasks), "method": repr(method), "weighter number": processes.number}
         self._signed: tuple[Mapping[str, Any], list[int]] = {}, []
         self._measured = np.array([task in measured for task in self._tasks])
+        self._measures = bool(measured)
         self._warned: set[str] = set()
         self._alone = 0
         self._unseen, self._windows = set(self._tasks), 0
@@ -168,7 +172,7 @@ class Verdict:
             self._look_for_unseen(statistics)
         if self._positive:
             self._check_signs(statistics)
-        if self._measured.any():
+        if self._measures:
             self._check_gradients(sums, statistics, window)
         return statistics
 
@@ -229,13 +233,13 @@ class Verdict:
         negative = statistics.losses < 0
         if self._smallest:
             negative &= [task not in self._smallest for task in self._tasks]
-        if negative.any():
+        if np.count_nonzero(negative):
             names = [task for task, is_negative in zip(self._tasks, negative, strict=True) if is_negative]
             raise _negative_losses(repr(self._method), names, statistics.losses[negative].tolist(), statistics.step)
 
     def _check_gradients(self, sums: Sums, statistics: Statistics, window: Window) -> None:
         missed = statistics.present & (sums.arrived == 0) & self._measured
-        if missed.any():
+        if np.count_nonzero(missed):
             names = [task for task, is_missed in zip(self._tasks, missed, strict=True) if is_missed]
             raise self._facts.why_missed(names, window)
         if self._needs & {"gram", "moments"}:
@@ -252,16 +256,16 @@ class Verdict:
         if np.count_nonzero(M.diagonal()) > 1 and np.count_nonzero(M) == np.count_nonzero(M.diagonal()):
             self.warn_once("shared", _no_sample_is_shared(repr(self._method), "moments" in self._needs))
 
-    def notice_update(self, statistics: Statistics, state: WeighterState, moved: bool) -> None:
+    def notice_update(self, statistics: Statistics, state: WeighterState, before: NDArray[np.float64]) -> None:
         """Windows that hold one task each: weights that are compared with each other cannot move.
 
         Args:
             statistics: Of the window.
             state: What the method answered with.
-            moved: Whether the weights are others than before.
+            before: The weights until then.
         """
-        alone = len(self._tasks) > 1 and np.count_nonzero(statistics.present) == 1 and not moved
-        self._alone = self._alone + 1 if alone else 0
+        alone = len(self._tasks) > 1 and np.count_nonzero(statistics.present) == 1
+        self._alone = self._alone + 1 if alone and np.array_equal(before, state.weights) else 0
         if self._alone == ALONE and (self._method.needs or self._would_move(statistics, state)):
             self.warn_once("alone", _one_task_per_window(self._method))
 
@@ -270,14 +274,10 @@ class Verdict:
         everyone = replace(statistics, present=np.ones_like(statistics.present))
         return not np.array_equal(self._method.update(state.method_state, everyone)[0], state.weights)
 
-    def warn_of_half_precision(self, losses: Mapping[str, Tensor]) -> None:
+    def warn_of_half_precision(self, losses: Iterable[Tensor]) -> None:
         """Once, where a loss comes in half precision."""
-        if "half" in self._warned:
-            return
-        for loss in losses.values():
-            if loss.dtype in (torch.bfloat16, torch.float16):
-                self.warn_once("half", errors.losses_in_half_precision(str(loss.dtype)))
-                return
+        if half := {loss.dtype for loss in losses} & HALF:
+            self.warn_once("half", errors.losses_in_half_precision(str(half.pop())))
 
     def warn_once(self, about: str, message: str, also: bool = False) -> None:
         """On the first process and, where it is ``also`` for this one, here; the first time."""

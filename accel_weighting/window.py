@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,8 +24,7 @@ from torch import Tensor
 from .statistics import Statistics
 
 
-@dataclass(frozen=True)
-class Sums:
+class Sums(NamedTuple):
     """What all processes saw together; the verdict is taken from these numbers alone.
 
     Attributes:
@@ -85,14 +84,15 @@ class Sums:
 
     def statistics(self) -> Statistics:
         """The means over the whole window, of sums that are finite."""
-        items = np.where(self.present > 0, self.items, 1)  # 0 where absent, and so are losses and gradients
-        weights = np.sign(self.present) / (items if self.counted else self.blocks)
+        present = self.present > 0
+        items = np.where(present, self.items, 1)  # 0 where absent, and so are losses and gradients
+        weights = present / (items if self.counted else self.blocks)
         gram = self.gram * (weights[:, None] * (weights / 2))
         gram = gram + gram.T
         known = (self.tapped or self.empty == self.blocks) and not self.derivatives  # nobody there: rows of zeros
         return Statistics(
             losses=self.losses / items,
-            present=self.present > 0,
+            present=present,
             norms=np.sqrt(gram.diagonal()) if known else None,
             gram=gram if known and not self.split else None,
             moments=None if self.moments is None else self._scaled_moments(self.moments, weights),
@@ -147,19 +147,22 @@ class Layout:
     def _head(self) -> int:
         return HOST + 4 * self.tasks + 2 * EXTRAS
 
-    def condense(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+    def condense(self, vector: Tensor, first: int, end: int) -> tuple[Tensor, Tensor | None]:
         """After the sum over processes, still on the device: what the host reads, and what stays on the device.
 
-        Gradients at weights become their Gram matrix. Moments stay; the host learns their sum.
+        Gradients at weights become their Gram matrix. Moments stay; the host learns their sum. This layout begins at
+        ``first`` and ends before ``end``; what is around it in the vector is for the host.
         """
-        K, head = self.tasks, self._head
+        K, head = self.tasks, first + self._head
         if self.matrices is not None:
-            matrices = vector[head:].view(K, -1)
-            return torch.cat([vector[:head], (matrices @ matrices.T).flatten()]), vector[:0]
-        host, rest = vector[: head + K * K], vector[head + K * K :]
-        return (torch.cat([host, rest.sum().view(1)]) if self.moments is not None else host), rest
+            matrices = vector[head:end].view(K, -1)
+            return torch.cat([vector[:head], (matrices @ matrices.T).flatten(), vector[end:]]), None
+        if self.moments is None:
+            return vector, None
+        rest = vector[head + K * K : end]
+        return torch.cat([vector[: head + K * K], rest.sum().view(1), vector[end:]]), rest
 
-    def unpack(self, host: NDArray[np.float64], rest: Tensor, step: int) -> Sums:
+    def unpack(self, host: NDArray[np.float64], rest: Tensor | None, step: int) -> Sums:
         """The two parts of ``condense``, the first on the host, by name."""
         K, head = self.tasks, self._head
         blocks, counted, empty, split, tapped, derivatives = map(round, host[:HOST].tolist())
@@ -180,8 +183,8 @@ class Layout:
             losses,
             {name: extras[i] / counts[i] for i, name in enumerate(self.extras) if counts[i]},
             host[head : head + K * K].reshape(K, K),
-            None if self.moments is None else rest.view(self.triangles),
-            float(host[-1]) if self.moments is not None else 0.0,
+            None if rest is None else rest.view(self.triangles),
+            0.0 if rest is None else float(host[-1]),
             math.isfinite(host.sum()),
             step,
         )
@@ -356,7 +359,7 @@ class Window:
 
         Moments are large, and stay in the precision they were computed in until the window closes.
         """
-        if value.device.type == "mps":
+        if value.is_mps:
             value = value.to("cpu")
         if name != "moments" and value.dtype != torch.float64:
             value = value.double()

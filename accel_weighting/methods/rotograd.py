@@ -376,7 +376,7 @@ def retract(R: Tensor, X: Tensor, cayley: bool = False) -> Tensor:
 
 def orthogonalise(R: Tensor) -> Tensor:
     """One Newton–Schulz step ``R − R (RᵀR − I) / 2``, which squares the error of ``RᵀR``; that is found in float64."""
-    W = R if R.device.type == "mps" else R.double()
+    W = R if R.is_mps else R.double()
     error = torch.bmm(W.mT, W)
     error.diagonal(dim1=-2, dim2=-1).sub_(1)
     return torch.baddbmm(R, R, error.to(R.dtype), alpha=-0.5)

@@ -742,9 +742,9 @@ def test_a_wrong_factor_would_be_noticed(broken: str, monkeypatch: pytest.Monkey
         begins = _Carried._begins
         monkeypatch.setattr(_Carried, "_begins", lambda self, factor: begins(self, torch.ones_like(factor)))
     else:
-        watch = Branch.watch
+        watch, name = Branch.watch_total, "watch_total"
         ones = {"weights": torch.ones(2, dtype=torch.float64)}
-        monkeypatch.setattr(Branch, "watch", lambda self, total, block, weights: watch(self, total, block, **ones))
+        monkeypatch.setattr(Branch, name, lambda self, total, block, weights: watch(self, total, block, **ones))
     loop = Loop(COV)
     for part in range(2):
         losses = loop.losses(0, part, 2)
