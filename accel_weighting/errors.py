@@ -105,7 +105,7 @@ def losses_that_missed_the_branch(
     elif not any_fed:
         words.append(
             "This weighter has no `heads`, and `weighter.branch(z)` was not called in the forward, or with a z that "
-            "does not require grad. A method that needs gradients needs a branch."
+            "does not require grad. A method that needs gradients needs one of them: name `heads`, or call `branch`."
         )
     elif unfed:
         words.append(

@@ -116,14 +116,15 @@ class Readings:
             return []
         scale = len(norms) / sum(1 / norm for norm in norms)
         weights = ", ".join(f"{task} {scale / norm:.3g}" for task, norm in zip(self.tasks, norms, strict=True))
-        return [f"gradients would be of one length at the weights: {weights}"]
+        return [f"weights at which all gradients would have the same length: {weights}"]
 
     def _audited(self) -> list[str]:
         if self._audit is None:
             return ["audit: none, since the method reads losses only"]
         if self._audit.findings is None:
-            return ["audit: at the first window"]
-        return [f"audit: {line}" for line in self._audit.findings.lines() or ["every loss passes its own alias alone"]]
+            return ["audit: follows with the first losses"]
+        well = ["every loss reaches the shared part through its own alias alone"]
+        return [f"audit: {line}" for line in self._audit.findings.lines() or well]
 
     @property
     def rotations(self) -> dict[str, Tensor]:

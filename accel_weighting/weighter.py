@@ -266,8 +266,8 @@ class Weighter(Carrying, Sharing, Readings):
         Args:
             z: The shared representation: a tensor, or a list, tuple, dictionary or dataclass of tensors, of which every
                 task gets its own.
-            mask: Which samples count in the statistics (padding does not), of the shape of ``z`` without its
-                feature dimension; None: all.
+            mask: Which samples count in the statistics (padding does not), of the shape of ``z`` without its features,
+                which are last, or in maps of channels second; None: all.
         """
         if self._branch.heads is not None:
             raise errors.heads_and_branch()
