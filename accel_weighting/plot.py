@@ -216,9 +216,18 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         description="Draws weights, losses, gradient norms, cosines and held steps of a run into one picture.",
     )
     parser.add_argument(
-        "run", type=Path, help="a run's JSON file, trainer_state.json, a saved weighter, or their folder"
+        "run",
+        type=Path,
+        metavar="RUN",
+        help="the JSON file of an example, a Trainer's trainer_state.json, a saved weighter (custom_checkpoint_0.pkl, "
+        "weighter.pt), or a folder that holds some of them",
     )
-    parser.add_argument("--output", type=Path, help="the picture (default: weighting.png next to RUN)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the picture; its ending says which kind: .png, .pdf, .svg (default: weighting.png in RUN, or beside it)",
+    )
     args = parser.parse_args(arguments)
     try:
         import matplotlib
