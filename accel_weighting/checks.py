@@ -57,7 +57,7 @@ def rotating(method: Method) -> Any:
     """A method that rotates says how: see ``rotations.RotatingMethod``."""
     if not callable(getattr(method, "widen", None)):
         raise TypeError(
-            f'{method!r} names "moments" among its needs, and so must have `widen(state, width) -> state`, which adds '
+            f'{method} names "moments" among its needs, and so must have `widen(state, width) -> state`, which adds '
             'the rotations, a tensor [K, m, m], to the state as "rotations". See the docstring of `Method`.'
         )
     return method

@@ -140,6 +140,6 @@ def test_describe_is_one_line_for_people(weighter):
     fresh = Weighter(Smooth(CoVWeighting(), 0.9), ["x", "y"])
     fresh.freeze()
     assert fresh.describe() == (
-        "losses weighted by Smooth(method=CoVWeighting(decay=None, warmup=2, total='one'), decay=0.9), frozen; "
+        "losses weighted by Smooth(method=CoVWeighting(), decay=0.9), frozen; "
         "to begin with: x 0.5, y 0.5"
     )

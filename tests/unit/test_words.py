@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from accel_weighting import MGDA, CoVWeighting, GradNorm, RotoGrad, Weighter
+from accel_weighting import MGDA, CoVWeighting, GradNorm, RotoGrad, Smooth, Weighter
 
 GRADNORM = GradNorm(alpha=0.0)
 
@@ -151,6 +151,20 @@ def test_misspelt_heads_and_tasks_are_guessed():
     weighter = Weighter(GRADNORM, ["depth", "normals"])
     with pytest.raises(ValueError, match=r"Did you mean 'normals'"):
         weighter.combine({"depth": torch.ones(()), "normal": torch.ones(())})
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (GradNorm(), "GradNorm()"),
+        (GradNorm(alpha=1, optimizer="sgd"), "GradNorm(alpha=1, optimizer='sgd')"),
+        (Smooth(GradNorm(alpha=0), 0.5), "Smooth(method=GradNorm(alpha=0), decay=0.5)"),
+        (RotoGrad(init="haar", size=4), "RotoGrad(size=4, init='haar')"),
+    ],
+)
+def test_messages_name_a_method_by_what_differs_from_its_defaults(method, words):
+    assert str(method) == words
+    assert Weighter(method, ["a", "b"]).describe().startswith(f"losses weighted by {words}; to begin with: a ")
 
 
 # ---- summary --------------------------------------------------------------------------------------------------------
