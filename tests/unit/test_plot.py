@@ -140,6 +140,5 @@ def test_describe_is_one_line_for_people(weighter):
     fresh = Weighter(Smooth(CoVWeighting(), 0.9), ["x", "y"])
     fresh.freeze()
     assert fresh.describe() == (
-        "losses weighted by Smooth(method=CoVWeighting(), decay=0.9), frozen; "
-        "to begin with: x 0.5, y 0.5"
+        "losses weighted by Smooth(method=CoVWeighting(), decay=0.9), frozen; to begin with: x 0.5, y 0.5"
     )
