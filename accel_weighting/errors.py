@@ -88,7 +88,7 @@ def losses_that_missed_the_branch(
     """
     names = ", ".join(f"`{task}`" for task in missed)
     which = f"Loss {names} does" if len(missed) == 1 else f"Losses {names} do"
-    words = [f"{which} not depend on the branch: no gradient of it arrived there."]
+    words = [f"{which} not depend on the branch: no gradient arrived there."]
     if uncalled:
         words.append(
             f"The head of {', '.join(f'`{task}`' for task in uncalled)} was not called as a module in this forward. "
