@@ -230,19 +230,30 @@ class Branch(Gathering):
         ``z`` is a tensor, or a list, tuple, dictionary or dataclass of tensors; so is what every task gets.
         """
         if isinstance(z, Tensor):
-            aliases = self._join([z], mask)[0]
+            aliases = self._join([z], self._over_features(mask, [z]))[0]
             return {task: self._rotated(aliases[k], k) for k, task in enumerate(self.tasks)}
         zs = [x for x in tensors_in(z) if can_be_shared(x)]
         if not zs:
             raise errors.branch_without_tensor(z)
         if self.rotations is not None and len(zs) > 1:
             raise errors.several_tensors_rotated("branch")
-        joined = dict(zip(map(id, zs), self._join(zs, mask), strict=True))
+        joined = dict(zip(map(id, zs), self._join(zs, self._over_features(mask, zs)), strict=True))
 
         def own(k: int) -> Any:
             return mapped(z, lambda x: self._rotated(joined[id(x)][k], k) if id(x) in joined else x)
 
         return {task: own(k) for k, task in enumerate(self.tasks)}
+
+    def _over_features(self, mask: Tensor | None, zs: Sequence[Tensor]) -> Tensor | None:
+        """``mask`` with a dimension of 1 where ``zs`` hold their features."""
+        if mask is None:
+            return None
+        known = None
+        if self.rotations is not None:
+            known = self.rotations.dim
+        elif self.shared_layer is not None:
+            known = self.shared_layer.layer.features
+        return [_over_features(mask, z.shape, known) for z in zs][-1]
 
     def rows(self, z: Tensor, owner: Tensor) -> None:
         """From here the gradient at ``z`` is measured by the owners of its rows."""
@@ -387,3 +398,41 @@ def _distinct(zs: Sequence[Tensor]) -> list[Tensor]:
         if not any(same(z, other) for other in found):
             found.append(z)
     return found
+
+
+def _over_features(mask: Tensor, shape: torch.Size, known: int | None) -> Tensor:
+    """``mask`` with a dimension of 1 at the features of a z of that ``shape``.
+
+    Those are ``known``, or last, or, in maps of four dimensions or more, second where only that fits.
+
+    Raises:
+        ValueError: It is not of that shape, or fits in two ways.
+    """
+    last = len(shape) - 1
+    places = [known % len(shape)] if known is not None else [last, 1] if last > 2 else [last]
+    fitting = []
+    for place_of in places:
+        wanted = [*shape[:place_of], 1, *shape[place_of + 1 :]]
+        given = mask.unsqueeze(place_of) if mask.ndim == last else mask
+        if list(given.shape) == wanted:
+            fitting.append(given)
+    if len(fitting) == 1:
+        return fitting[0]
+    raise _mask_of_another_shape(mask.shape, shape, known, bool(fitting))
+
+
+# ---- messages ----------------------------------------------------------------------------------------------------
+
+
+def _mask_of_another_shape(mask: torch.Size, z: torch.Size, known: int | None, twice: bool) -> ValueError:
+    """A mask that does not fit the shared representation, or in two ways."""
+    words = f"Parameter `mask` has shape {list(mask)}, and z has shape {list(z)}. "
+    if twice:
+        return ValueError(
+            f"{words}Whether the features are the second dimension of z or the last cannot be told. Give the mask a "
+            "dimension of 1 there: `mask.unsqueeze(1)` for maps of channels, `mask.unsqueeze(-1)` for features last."
+        )
+    return ValueError(
+        f"{words}It must say of every sample whether it counts, in the shape of z without the dimension of its "
+        f"features{'' if known is None else f' ({known})'}: for z of shape [batch, tokens, features], [batch, tokens]."
+    )

@@ -33,14 +33,14 @@ def task_names(tasks: Any) -> tuple[str, ...]:
     return names
 
 
-def known(names: Iterable[Any], tasks: Sequence[str]) -> None:
-    """Every name is a task of this weighter."""
+def known(names: Iterable[Any], tasks: Sequence[str], otherwise: str = "") -> None:
+    """Every name is a task of this weighter; a message says ``otherwise`` where none is like it."""
     unknown = [name for name in names if name not in tasks]
     if not unknown:
         return
     name = unknown[0]
     close = difflib.get_close_matches(str(name), tasks, 1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = f" Did you mean {close[0]!r}?" if close else otherwise
     which = f"Unknown task {name!r}" if len(unknown) == 1 else f"Unknown tasks {unknown!r}"
     raise ValueError(f"{which}. This weighter was built with `tasks = {list(tasks)!r}`.{hint}")
 
@@ -57,7 +57,7 @@ def rotating(method: Method) -> Any:
     """A method that rotates says how: see ``rotations.RotatingMethod``."""
     if not callable(getattr(method, "widen", None)):
         raise TypeError(
-            f'{method!r} names "moments" among its needs, and so must have `widen(state, width) -> state`, which adds '
+            f'{method} names "moments" among its needs, and so must have `widen(state, width) -> state`, which adds '
             'the rotations, a tensor [K, m, m], to the state as "rotations". See the docstring of `Method`.'
         )
     return method
@@ -114,7 +114,7 @@ def warn_replaced(tasks: Sequence[str]) -> None:
     """A second weighter with the same tasks on the same heads."""
     warnings.warn(
         f"These heads carry a weighter of the tasks {list(tasks)!r} already: the new one replaces it, and the older "
-        "one is done. Call `detach()` on the older one first if that is what you want.",
+        "one is done. Build one weighter, before the loop; where a new one is meant, call `detach()` on the older one.",
         stacklevel=4,
     )
 
@@ -169,7 +169,10 @@ def heads(given: Any, tasks: Sequence[str], model: nn.Module | None) -> None:
             f'("decoder", "memory"). Found {wrong!r}.'
         )
     if model is None and (names := [head for head in plain.values() if isinstance(head, str)]):
-        raise ValueError(f"Dotted names in `heads` are looked up in `model`, which was not given. Found {names!r}.")
+        raise ValueError(
+            f"Dotted names in `heads` are looked up in `model`, which was not given. Found {names!r}. Pass "
+            "`model=model` too, or the modules instead of their names."
+        )
 
 
 def _names_an_argument(head: Any) -> bool:
@@ -214,7 +217,8 @@ def warn_without_the_accelerator() -> None:
     """There is an Accelerator in this process, and the weighter was not given it."""
     logger.warning(
         "`Weighter` was built without `accelerator=`, and this process has an Accelerator. Without it every `backward` "
-        "is an optimizer step: gradients are not divided by `gradient_accumulation_steps` and losses are not scaled."
+        "is an optimizer step: gradients are not divided by `gradient_accumulation_steps` and losses are not scaled. "
+        "Pass `accelerator=accelerator`."
     )
 
 
@@ -232,8 +236,9 @@ def started_alone(launched: int | None) -> None:
         )
     warnings.warn(
         "The environment says that a launcher was told of several processes and started one (MASTER_ADDR is set, "
-        "RANK is not): this training has one process. `accelerate launch --cpu --num_processes N` does that. On "
-        "CPU, launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N.",
+        "RANK is not), as `accelerate launch --cpu --num_processes N` does: this training has one process. For several "
+        "on a CPU, let `python -m accel_weighting.launch_configs cpu_2` write a configuration, and launch with it: "
+        "`accelerate launch --config_file launch_configs/cpu_2.yaml --num_processes N …`.",
         stacklevel=4,
     )
 
@@ -241,11 +246,16 @@ def started_alone(launched: int | None) -> None:
 # ---- what comes with a backward --------------------------------------------------------------------------------
 
 
+_NOT_WEIGHED = (
+    " A term that is added as it is comes beside the losses, `extra={name: loss}`; a sum of the losses is left out."
+)
+
+
 def losses_by_task(losses: Any, tasks: Sequence[str]) -> Mapping[str, Tensor]:
     """The losses by name, whatever they came in, every one checked; all offenders are named at once."""
     named = _named(losses, tasks)
     if len(named) != len(tasks) or not all(map(named.__contains__, tasks)):
-        known(named, tasks)
+        known(named, tasks, _NOT_WEIGHED)
     if not named:
         raise ValueError("Parameter `losses` is empty: give the loss of at least one task.")
     for loss in named.values():
@@ -290,6 +300,7 @@ def _not_scalars(named: Mapping[str, Any]) -> Exception:
         if not isinstance(loss, Tensor):
             complaints.append(
                 f"Loss `{task}` must be a floating-point tensor of shape []. Found {type(loss).__name__}."
+                f"{' Pass the loss itself, without `.item()`.' if isinstance(loss, float) else ''}"
             )
         elif not loss.is_floating_point() or loss.ndim:
             cure = ": reduce it first, e.g. `loss.mean()`" if loss.ndim else ""
@@ -307,6 +318,7 @@ def losses_have_graphs(losses: Mapping[str, Tensor], tasks: Sequence[str], prese
     if detached:
         raise ValueError(
             "\n".join(f"Loss `{task}` does not require grad: it was detached before it came here." for task in detached)
+            + "\nPass losses as the model computed them, without `.detach()`, and computed with gradients enabled."
         )
 
 

@@ -183,7 +183,7 @@ def _check_that_losses_are_enough(method: Method, lag: int, largest: Mapping[str
     """Losses come with the backward, and nothing else does."""
     if method.acts_on != "losses" or method.needs & {"norms", "gram", "moments"}:
         raise ValueError(
-            f"{method!r} needs the tasks' gradients apart, or weighs them where they meet, and "
+            f"{method} needs the tasks' gradients apart, or weighs them where they meet, and "
             "`weighter.coefficients()` gives losses alone. Use a method that needs losses only, such as CoVWeighting, "
             "IMTLL or UncertaintyWeighting, or hand the losses to `weighter.backward(losses)`."
         )

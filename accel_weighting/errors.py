@@ -88,7 +88,7 @@ def losses_that_missed_the_branch(
     """
     names = ", ".join(f"`{task}`" for task in missed)
     which = f"Loss {names} does" if len(missed) == 1 else f"Losses {names} do"
-    words = [f"{which} not depend on the branch: no gradient of it arrived there."]
+    words = [f"{which} not depend on the branch: no gradient arrived there."]
     if uncalled:
         words.append(
             f"The head of {', '.join(f'`{task}`' for task in uncalled)} was not called as a module in this forward. "
@@ -105,7 +105,7 @@ def losses_that_missed_the_branch(
     elif not any_fed:
         words.append(
             "This weighter has no `heads`, and `weighter.branch(z)` was not called in the forward, or with a z that "
-            "does not require grad. A method that needs gradients needs a branch."
+            "does not require grad. A method that needs gradients needs one of them: name `heads`, or call `branch`."
         )
     elif unfed:
         words.append(

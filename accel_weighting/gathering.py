@@ -115,7 +115,7 @@ class Gathering:
         Args:
             rows: For every tensor one gradient per task, None where none came.
             inputs: Of the shared layer, or z, where the measurement needs it.
-            mask: Which samples count.
+            mask: Which samples count, with a dimension of 1 in place of the features.
 
         Returns:
             The weights of the sum that goes on to the trunk, ``[K]``; None: 1 each.
@@ -169,8 +169,7 @@ class Gathering:
         """Adds what the gradients of one join are, free of their factors, to the window."""
         c, window = micro_batch.divisors, micro_batch.window
         if mask is not None:
-            dim = self._features(mask, inputs)
-            rows = [[None if g is None else g * mask.unsqueeze(dim) for g in tensor] for tensor in rows]
+            rows = [[None if g is None else g * mask for g in tensor] for tensor in rows]
         if self.shared_layer is not None:
             assert inputs is not None
             matrices = measure.layer_gradients(rows[0], self.shared_layer.layer, inputs)
@@ -183,14 +182,6 @@ class Gathering:
             window.add("gradients", gram)
             if self.rotations is not None:
                 window.add("moments", self.rotations.cross_products(rows[0], c, inputs))
-
-    def _features(self, mask: Tensor, inputs: Tensor | None) -> int:
-        """Which dimension of z a mask lacks."""
-        if self.rotations is not None:
-            return self.rotations.dim
-        if self.shared_layer is not None and inputs is not None and mask.ndim + 1 == inputs.ndim:
-            return self.shared_layer.layer.features
-        return -1
 
     def tap(self, k: int, g: Tensor) -> None:
         """Measures the gradient of task ``k`` alone, as it passes."""

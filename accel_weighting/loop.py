@@ -191,6 +191,8 @@ class Loop:
         if kind == "DEEPSPEED":  # which steps inside of its backward
             return
         prepared = list(getattr(accelerator, "_optimizers", ()))
+        if prepared and accelerator is not None and accelerator.num_processes > 1 and not accelerator._models:
+            self._verdict.warn_once("unprepared", _model_not_prepared())
         if self._optimizers.opens(bool(prepared)) and total.requires_grad:
             sharded = prepared if kind == "FSDP" else []
 
@@ -400,6 +402,15 @@ def _left_out_under_zero3(tasks: Sequence[str]) -> str:
         "must use the same outputs of the model in every backward: else they wait for each other without end, or stop "
         "with `disagreement on list length`. If another process has such a loss, give one here too, with "
         f"`num_items={{{counts}}}`. It may be NaN, as the mean over no items is."
+    )
+
+
+def _model_not_prepared() -> str:
+    """Several processes, a prepared optimizer, and no prepared model."""
+    return (
+        "An optimizer went through `accelerator.prepare`, and no model did: the processes do not average gradients, so "
+        "that models drift apart. Prepare both, `model, optimizer, loader = accelerator.prepare(model, optimizer, "
+        "loader)`, unless you average gradients in some other way."
     )
 
 

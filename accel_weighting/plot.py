@@ -162,22 +162,25 @@ def smooth(history: History) -> list[tuple[int, dict[str, float]]]:
 
 
 def read_runs(path: Path) -> dict[str, History]:
-    """The histories that a file or a folder holds, by name.
+    """The histories that a file or a folder holds, by name; of a folder of checkpoints, those of the latest.
 
     Raises:
         ValueError: Nothing that is known is there.
     """
-    if path.is_dir():
-        patterns = ("*.json", "trainer_state.json", "weighter.pt", "custom_checkpoint_*.pkl")
-        found = [file for pattern in patterns for file in sorted(path.glob(pattern))]
-    else:
-        found = [path]
-    for file in found:
+    for file in _files(path) if path.is_dir() else [path]:
         if runs := _json_runs(file) if file.suffix == ".json" else _state_runs(file):
             return runs
     raise ValueError(
         f"{path} holds no record of a weighter: no JSON file with a history, and no saved weighter's state."
     )
+
+
+def _files(folder: Path) -> list[Path]:
+    """What may hold a record in a folder, and in its checkpoints, the latest first."""
+    checkpoints = [found for found in folder.glob("checkpoint[-_]*") if found.is_dir()]
+    folders = [folder, *sorted(checkpoints, key=lambda found: (len(found.name), found.name), reverse=True)]
+    patterns = ("*.json", "weighter.pt", "custom_checkpoint_*.pkl")
+    return [file for place in folders for pattern in patterns for file in sorted(place.glob(pattern))]
 
 
 def _json_runs(file: Path) -> dict[str, History]:
@@ -216,9 +219,18 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         description="Draws weights, losses, gradient norms, cosines and held steps of a run into one picture.",
     )
     parser.add_argument(
-        "run", type=Path, help="a run's JSON file, trainer_state.json, a saved weighter, or their folder"
+        "run",
+        type=Path,
+        metavar="RUN",
+        help="the JSON file of an example, a Trainer's trainer_state.json, a saved weighter (custom_checkpoint_0.pkl, "
+        "weighter.pt), or a folder that holds one of them, or checkpoints",
     )
-    parser.add_argument("--output", type=Path, help="the picture (default: weighting.png next to RUN)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the picture; its ending says which kind: .png, .pdf, .svg (default: weighting.png in RUN, or beside it)",
+    )
     args = parser.parse_args(arguments)
     try:
         import matplotlib

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -32,7 +30,7 @@ class Readings:
     def __repr__(self) -> str:
         weights = ", ".join(f"{task}={weight:.4g}" for task, weight in self.weights.items())
         frozen = ", frozen" if self.frozen else ""
-        return f"Weighter({self.method!r}, {weights}, step={self._steps.settled.step}{frozen})"
+        return f"Weighter({self.method}, {weights}, step={self._steps.settled.step}{frozen})"
 
     @property
     def weights(self) -> dict[str, float]:
@@ -76,13 +74,10 @@ class Readings:
 
     def describe(self) -> str:
         """One line for a model card or a tracker's configuration: the method, the tasks and their weights."""
-        method: Any = self.method  # a dataclass
-        chosen = [f for f in dataclasses.fields(method) if f.init and getattr(self.method, f.name) != f.default]
-        settings = ", ".join(f"{f.name}={getattr(self.method, f.name)!r}" for f in chosen)
         weights = ", ".join(f"{task} {weight:.3g}" for task, weight in self.weights.items())
         when = f"after {self._steps.settled.step} optimizer steps" if self._steps.settled.step else "to begin with"
         frozen = ", frozen" if self._steps.settled.frozen else ""
-        return f"losses weighted by {type(self.method).__name__}({settings}){frozen}; {when}: {weights}"
+        return f"losses weighted by {self.method}{frozen}; {when}: {weights}"
 
     def summary(self) -> str:
         """A printable table: every task in the first window and in the last, and what the audit found.
@@ -116,14 +111,15 @@ class Readings:
             return []
         scale = len(norms) / sum(1 / norm for norm in norms)
         weights = ", ".join(f"{task} {scale / norm:.3g}" for task, norm in zip(self.tasks, norms, strict=True))
-        return [f"gradients would be of one length at the weights: {weights}"]
+        return [f"weights at which all gradients would have the same length: {weights}"]
 
     def _audited(self) -> list[str]:
         if self._audit is None:
             return ["audit: none, since the method reads losses only"]
         if self._audit.findings is None:
-            return ["audit: at the first window"]
-        return [f"audit: {line}" for line in self._audit.findings.lines() or ["every loss passes its own alias alone"]]
+            return ["audit: follows with the first losses"]
+        well = ["every loss reaches the shared part through its own alias alone"]
+        return [f"audit: {line}" for line in self._audit.findings.lines() or well]
 
     @property
     def rotations(self) -> dict[str, Tensor]:
@@ -137,7 +133,7 @@ class Readings:
         if R is None:
             R = state.rotations
         if R is None:
-            raise no_rotations(repr(self.method), self._rotations)
+            raise no_rotations(str(self.method), self._rotations)
         return dict(zip(self.tasks, R.clone(), strict=True))
 
     @property

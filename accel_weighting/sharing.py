@@ -72,9 +72,9 @@ class Sharing(Loop):
         if branch.heads is not None or branch.parameters is not None:
             raise rows_and("heads" if branch.heads is not None else "shared_parameters")
         if self._rotations is not None:
-            raise rows_do_not_rotate(repr(self.method))
+            raise rows_do_not_rotate(str(self.method))
         if "gram" in self.method.needs and branch.shared_layer is None:
-            raise rows_without_products(repr(self.method))
+            raise rows_without_products(str(self.method))
         branch.rows(z, owner)
         return z
 
@@ -84,7 +84,7 @@ class Sharing(Loop):
         """The parameters at which gradients are taken."""
         if given is None:
             return None
-        check_goes_with(repr(self.method), rotates, self.lag, others)
+        check_goes_with(str(self.method), rotates, self.lag, others)
         accelerator: Any = self._accelerator or (lambda: None)
         return SharedParameters(given, model, lambda: list(getattr(accelerator(), "_models", ())), self.tasks)
 

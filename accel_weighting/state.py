@@ -386,7 +386,7 @@ def _check_arrays(method: Method, weights: Any, state: Mapping[str, Any]) -> Non
 
 def _weights_not_finite(method: Method, weights: Vector, step: int) -> RuntimeError:
     return RuntimeError(
-        f"{method!r} answered with weights that are not finite at optimizer step {step}: {weights.tolist()}. Weights "
+        f"{method} answered with weights that are not finite at optimizer step {step}: {weights.tolist()}. Weights "
         "and state stay as they were. Losses and gradients of that step were finite, so this is a fault of the method: "
         "please report it with the statistics, `weighter.statistics`, and the state, `weighter.state_dict()`."
     )

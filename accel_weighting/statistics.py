@@ -48,14 +48,13 @@ class Statistics:
     Attributes:
         losses: Mean loss of every task over the blocks where it was present, shape ``[K]``; 0 where it was absent.
         present: Whether the task was in the window at all, bool, shape ``[K]``.
-        norms: Norm of every task's unweighted gradient over the global batch at the shared representation (or at
-            the weight of ``shared_layer``), shape ``[K]``; None where there is no branch.
+        norms: Norm of every task's unweighted gradient over the global batch, at the shared representation or the
+            weight of ``shared_layer``, shape ``[K]``; None where there is no branch.
         gram: Inner products of those gradients, shape ``[K, K]``; rows of absent tasks are zero. None where there is
             no branch, or where the heads were fed different tensors, so that only norms are known.
-        moments: For a rotating method, ``[K(K−1)/2, m(m−1)/2]``, a torch tensor on the device: the strict upper
+        moments: None, or for a rotating method ``[K(K−1)/2, m(m−1)/2]``, a torch tensor on the device: the strict upper
             triangles of ``G_kᵀ G_j − G_jᵀ G_k`` for all k < j, with the tasks' gradients ``G`` (rows are samples,
             columns the m rotated features); where it is cooperative, K more rows with those of ``G_kᵀ Z − Zᵀ G_k``.
-            Else None.
         micro_batches: Number of micro-batches in the window, over all processes.
         step: Optimizer steps that came before this window.
     """
@@ -87,9 +86,8 @@ class Method:
     ``widen(state, width) -> State``. It is called at the first forward, with the number of features of z along ``dim``,
     and again after a checkpoint was loaded; it adds the entry ``"rotations"``, a torch tensor ``[K, m, m]`` in
     float64, with m at most the width, unless the state has it. From then on that entry is on the device of z, and
-    ``update`` finds ``statistics.moments`` beside it. ``dim``, ``size`` and ``cooperative`` say what is rotated
-    and measured, and have defaults. A method that acts on the shared path and divides the losses by something keeps
-    those factors, ``[K]``, as ``"loss_weights"`` in its state (``loss_weights_grow``: they follow the losses).
+    ``update`` finds ``statistics.moments`` beside it. A method that acts on the shared path and divides the losses by
+    something keeps those factors, ``[K]``, as ``"loss_weights"`` (``loss_weights_grow``: they follow the losses).
 
     Attributes:
         needs: Which statistics ``update`` reads, out of ``"losses"``, ``"norms"``, ``"gram"``, ``"moments"``.
@@ -99,9 +97,8 @@ class Method:
         keeps_sum: Whether the weights always have the sum that they began with.
         grows: Whether a weight is a ratio of norms, or comes from the Gram matrix, without an upper bound of its own:
             then the weighter bounds how far it may rise, see ``max_growth``.
-        dim: Of a rotating method: the dimension of z that holds the features.
-        size: Of a rotating method: m, the number of features that it rotates, the first ones; None: all.
-        cooperative: Of a rotating method: whether ``moments`` has the K rows with z.
+        dim, size, cooperative: Of a rotating method: the dimension of z that holds the features; m, how many of them
+            it rotates, the first ones (None: all); whether ``moments`` has the K rows with z.
 
     Example:
         >>> @dataclass(frozen=True)
@@ -142,6 +139,13 @@ class Method:
     def __post_init__(self, *args: Any, **kwargs: Any) -> None:  # of any signature: init-only fields come in here
         _check(self)
 
+    def __str__(self) -> str:
+        """Short, as it stands in messages: what differs from the defaults."""
+        method: Any = self  # a dataclass
+        values = [(f, getattr(self, f.name)) for f in dataclasses.fields(method) if f.init]
+        chosen = [f"{f.name}={x if isinstance(x, Method) else repr(x)}" for f, x in values if x != f.default]
+        return f"{type(self).__name__}({', '.join(chosen)})"
+
     def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[NDArray[np.float64], State]:
         """Weights before the first update, float64 ``[K]``, and the state to begin with."""
         raise NotImplementedError
@@ -149,8 +153,7 @@ class Method:
     def update(self, state: State, statistics: Statistics) -> tuple[NDArray[np.float64], State]:
         """Weights after a window, float64 ``[K]``, and the next state. Neither argument is modified.
 
-        A task absent from the window keeps its weight and its state; where the method keeps a sum, the present
-        tasks share what the absent ones leave of it.
+        An absent task keeps its weight and its state; of a sum that is kept, the present ones share what that leaves.
         """
         raise NotImplementedError
 
@@ -406,7 +409,7 @@ def _check(method: Any) -> None:
     """Holds every hyperparameter against its rule and stores it as it is kept.
 
     Raises:
-        ValueError: Names the first hyperparameter that breaks its rule, the rule, and what was found.
+        ValueError: Names the first that breaks its rule, the rule, and what was found.
     """
     if not dataclasses.is_dataclass(method):
         return
@@ -430,8 +433,7 @@ def check_tasks(method: Any, tasks: Sequence[str]) -> None:
     """Whether the names among a method's hyperparameters are those of tasks; to be called by ``init``.
 
     Raises:
-        ValueError: Lists the names that are not, with a guess at what was meant, and the tasks that are missing where
-            all are to be named.
+        ValueError: Lists the names that are not, and the tasks that are missing where all are to be named.
     """
     for parameter, rule in _rules(method.__class__).items():
         value = getattr(method, parameter) if rule.of_tasks else ()

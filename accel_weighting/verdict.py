@@ -235,7 +235,7 @@ class Verdict:
             negative &= [task not in self._smallest for task in self._tasks]
         if np.count_nonzero(negative):
             names = [task for task, is_negative in zip(self._tasks, negative, strict=True) if is_negative]
-            raise _negative_losses(repr(self._method), names, statistics.losses[negative].tolist(), statistics.step)
+            raise _negative_losses(str(self._method), names, statistics.losses[negative].tolist(), statistics.step)
 
     def _check_gradients(self, sums: Sums, statistics: Statistics, window: Window) -> None:
         missed = statistics.present & (sums.arrived == 0) & self._measured
@@ -244,7 +244,7 @@ class Verdict:
             raise self._facts.why_missed(names, window)
         if self._needs & {"gram", "moments"}:
             if sums.split:
-                raise _unrelated_gradients(repr(self._method), statistics.step)
+                raise _unrelated_gradients(str(self._method), statistics.step)
             if "shared" not in self._warned:
                 self._warn_if_no_sample_is_shared(statistics)
 
@@ -254,7 +254,7 @@ class Verdict:
         if M is None or settings["shared_layer"] is not None or settings["shared_parameters"] is not None:
             return
         if np.count_nonzero(M.diagonal()) > 1 and np.count_nonzero(M) == np.count_nonzero(M.diagonal()):
-            self.warn_once("shared", _no_sample_is_shared(repr(self._method), "moments" in self._needs))
+            self.warn_once("shared", _no_sample_is_shared(str(self._method), "moments" in self._needs))
 
     def notice_update(self, statistics: Statistics, state: WeighterState, before: NDArray[np.float64]) -> None:
         """Windows that hold one task each: weights that are compared with each other cannot move.
@@ -428,7 +428,7 @@ def _one_task_per_window(method: Method) -> str:
     carries = "CarryForward(" in repr(method)
     carry = "more `steps` of `CarryForward`" if carries else "compare each task's last values, `CarryForward(method)`"
     return (
-        f"The last {ALONE} windows held one task each, and the weights of {method!r} did not move: it compares tasks "
+        f"The last {ALONE} windows held one task each, and the weights of {method} did not move: it compares tasks "
         "that are in one window. Let a window hold several tasks (accumulate over the data sets, "
         f"`with weighter.micro_batch():`), or {carry}."
     )

@@ -113,7 +113,7 @@ class Weighter(Carrying, Sharing, Readings):
         self.tasks = checks.task_names(tasks)
         self.method = checks.method(method)
         self._accelerator = None if accelerator is None else weakly(accelerator)
-        self.lag = checks.lag(lag, method.needs, method.acts_on, repr(method))
+        self.lag = checks.lag(lag, method.needs, method.acts_on, str(method))
         self.update_every = checks.at_least("update_every", update_every, 1)
         self.update_after = checks.at_least("update_after", update_after, 0)
         self.max_skipped_steps = checks.at_least("max_skipped_steps", max_skipped_steps, 0)
@@ -132,7 +132,7 @@ class Weighter(Carrying, Sharing, Readings):
         parameters = self._parameters_of(shared_parameters, model, rotates, others)
         layer = None if shared_layer is None else SharedLayer(shared_layer, model)
         if layer is not None:
-            checks.shared_layer_goes_with(repr(method), rotates, self.lag)
+            checks.shared_layer_goes_with(str(method), rotates, self.lag)
         found, predecessor = None, None
         if heads is not None:
             checks.heads(heads, self.tasks, model)
@@ -164,7 +164,7 @@ class Weighter(Carrying, Sharing, Readings):
         if measured:
             forbidden, warn_once = _Facts(me, layout).why_no_probe, self._verdict.warn_once
             acts, at = not self._on_losses, parameters is not None
-            self._audit = Audit(self.tasks, repr(method), acts, warn_once, forbidden, measured, at)
+            self._audit = Audit(self.tasks, str(method), acts, warn_once, forbidden, measured, at)
         self._window = Window(layout)
         self._several = None
         self._registration = Registration(self, accelerator, predecessor)
@@ -266,8 +266,8 @@ class Weighter(Carrying, Sharing, Readings):
         Args:
             z: The shared representation: a tensor, or a list, tuple, dictionary or dataclass of tensors, of which every
                 task gets its own.
-            mask: Which samples count in the statistics (padding does not), of the shape of ``z`` without its
-                feature dimension; None: all.
+            mask: Which samples count in the statistics (padding does not), of the shape of ``z`` without its features,
+                which are last, or in maps of channels second; None: all.
         """
         if self._branch.heads is not None:
             raise errors.heads_and_branch()

@@ -373,14 +373,14 @@ def _rotated(method: Method) -> ValueError:
     """Rotations would not be in the saved model."""
     return ValueError(
         "Parameter `weighting` must not rotate: a sentence embedding is what the model is saved for, and no head "
-        f"follows it that could undo a rotation. Found `weighting = {method!r}`."
+        f"follows it that could undo a rotation. Found `weighting = {method}`."
     )
 
 
 def _never_meet(method: Method) -> ValueError:
     """Inner products of gradients of different samples."""
     return ValueError(
-        f"{method!r} compares the directions of the tasks' gradients, and data sets have samples of their own, so that "
+        f"{method} compares the directions of the tasks' gradients, and data sets have samples of their own, so that "
         "at the sentence embedding their inner products are exactly 0. Use a method that compares losses or norms, "
         "such as GradNorm, or `weighter_options={'shared_layer': …}` with a layer whose output is the embedding."
     )
@@ -389,7 +389,7 @@ def _never_meet(method: Method) -> ValueError:
 def _embed_on_their_own(names: Sequence[str], method: Method) -> ValueError:
     """Losses of one batch that have no embedding in common."""
     return ValueError(
-        f"{method!r} compares gradients at the embeddings that several losses of a batch share, and "
+        f"{method} compares gradients at the embeddings that several losses of a batch share, and "
         f"{', '.join(names)} embeds the batch in its own way (again in the backward, or layer by layer). Use the loss "
         "without gradient caching or layers, a method that reads losses only, such as CoVWeighting, or a data set for "
         "each loss."

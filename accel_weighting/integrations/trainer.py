@@ -214,6 +214,8 @@ class WeightingMixin(WeighterMixin):
             means = self._evaluation.means(self._summed)
         finally:
             self._evaluation = before
+        if not means and not self.label_names and metric_key_prefix.startswith("eval"):  # type: ignore[attr-defined]
+            warn(_evaluated_without_labels(), stacklevel=2)
         output.metrics.update({f"{metric_key_prefix}_loss/{task}": mean for task, mean in means.items()})
         return output
 
@@ -316,6 +318,15 @@ def _not_counted(tasks: Sequence[str], inputs: Mapping[str, Any]) -> str:
         "`labels_TASK`, `TASK_labels` or `TASK`, let the collator put `num_items` ({task: count}) into the batch, or "
         "override `count_items(inputs)` (`return 1` if this is what you want). Found in the batch: "
         f"{list(inputs)}."
+    )
+
+
+def _evaluated_without_labels() -> str:
+    """The Trainer knows of no labels, and so asks for no loss."""
+    return (
+        "The evaluation gave no `eval_loss`: the Trainer evaluates losses of batches with labels, and knows of none. "
+        "Labels are those arguments of the model's forward whose names contain `label`. Name others in "
+        '`TrainingArguments(label_names=["topic", …])`.'
     )
 
 

@@ -55,12 +55,12 @@ class CarryForward(_Wrapper):
         inside: Method = self.method
         while isinstance(inside, _Wrapper):
             if isinstance(inside, CarryForward):
-                raise ValueError(f"Parameter `method` must not be in a `CarryForward` already. Found {self.method!r}.")
+                raise ValueError(f"Parameter `method` must not be in a `CarryForward` already. Found {self.method}.")
             inside = inside.method
         if "moments" in self.needs:
             raise ValueError(
                 "Parameter `method` must not rotate: what it reads of two tasks is not there where they are not in "
-                f"one window. Found `method = {self.method!r}`."
+                f"one window. Found `method = {self.method}`."
             )
 
     def init(self, tasks: Sequence[str], initial_weights: InitialWeights = None) -> tuple[Array, State]:
@@ -133,7 +133,7 @@ class CarryForward(_Wrapper):
         between = pairs & ~np.eye(len(pairs), dtype=np.bool_)
         if state["windows"] > self.steps or np.array_equal(apart, between):
             raise RuntimeError(
-                f"{self.method!r} needs the inner products of the tasks' gradients, which are known of tasks that are "
+                f"{self.method} needs the inner products of the tasks' gradients, which are known of tasks that are "
                 f"in one window, and {np.count_nonzero(apart) // 2} pairs of tasks were in none of the last "
                 f"{self.steps}. Let a window hold several tasks (accumulate over the data sets, `with "
                 "weighter.micro_batch():`), or use a method that compares losses or norms, such as GradNorm."

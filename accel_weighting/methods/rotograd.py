@@ -58,6 +58,8 @@ class _Settings(Method):
         changed = [f"{f.metadata.get('called', f.name)}={value!r}" for f, value in values if value != f.default]
         return f"{type(self).__name__}({', '.join(changed)})"
 
+    __str__ = __repr__
+
 
 class _Rotating(_Settings):
     """What RotoGrad and RotoGradNorm have in common: the rotations.

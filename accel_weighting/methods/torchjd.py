@@ -82,6 +82,8 @@ class TorchJDWeighting(Method):
     def __repr__(self) -> str:
         return f"TorchJDWeighting({_describe(self.weighting)}, seed={self.seed})"
 
+    __str__ = __repr__
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TorchJDWeighting) and repr(self) == repr(other)
 

@@ -136,12 +136,16 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which methods to check (default: all)"
     )
-    parser.add_argument("--timings", type=int, default=20, help="pairs of steps to time; 0: none (default: 20)")
-    parser.add_argument("--expect", type=int, metavar="N", help="fail unless there are N processes")
+    parser.add_argument(
+        "--timings", type=int, default=20, help="pairs of steps, plain and weighted, to time; 0: none (default: 20)"
+    )
+    parser.add_argument(
+        "--expect", type=int, metavar="N", help="fail unless there are N processes (default: any number)"
+    )
     parser.add_argument(
         "--timeout", type=int, default=60, help="seconds that processes wait for one that does not come (default: 60)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was found there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was found to this file, as JSON")
     parser.add_argument(
         "--cpu",
         action="store_true",

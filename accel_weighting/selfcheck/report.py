@@ -15,8 +15,9 @@ MEANING = {
         "Accelerator(cpu=True), as --cpu does here. On GPUs, see whether torch.cuda.is_available()."
     ),
     "started one": (
-        "The launcher was told of several processes (it set MASTER_ADDR) and started one. `accelerate launch --cpu "
-        "--num_processes N` does that: use `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`."
+        "The launcher was told of several processes (it set MASTER_ADDR) and started one, as `accelerate launch --cpu "
+        "--num_processes N` does. Launch with the configuration that `python -m accel_weighting.launch_configs cpu_2` "
+        "writes: `accelerate launch --config_file launch_configs/cpu_2.yaml --num_processes N …`."
     ),
     "count": "There are {processes} processes, not the {expected} that --expect asks for.",
     "statistics": (

@@ -104,6 +104,13 @@ CHOICES: dict[str, Sequence[Any]] = {
     "checkpoint": ["", "trunk", "trunk reentrant", "join", "join reentrant"],
     "compile": [False, True],
 }
+MEANINGS = {
+    "method": "weighting method",
+    "precision": "precision",
+    "micro": "number of micro-batches per process and optimizer step",
+    "checkpoint": "kind of activation checkpointing",
+    "compile": "choice of whether the model is compiled",
+}
 Choice = dict[str, Any]
 
 TOLERANCES = {
@@ -387,16 +394,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the matrix and prints it; the exit code is 1 if anything is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.distributed.engines",
-        description="Trains every cell of the matrix and compares it with one process on the whole batch.",
+        description="Trains every cell of the matrix and compares it with one process on the whole batch. Prints a "
+        "table as it goes on, and exits with 1 if a cell is wrong.",
+        epilog="Options that choose cells can be given several times; without them all cells run.",
     )
-    parser.add_argument("--pairwise", action="store_true", help="only the part that the tests run")
+    parser.add_argument(
+        "--pairwise", action="store_true", help="only the part that the tests run: all pairs of choices"
+    )
     parser.add_argument("--row", action="append", default=[], metavar="TEXT", help="only rows whose name holds TEXT")
-    for name in CHOICES:
-        parser.add_argument(f"--{name}", action="append", default=[], metavar="TEXT", help=f"only this {name}")
+    for name, what in MEANINGS.items():
+        found = ", ".join(repr(choice) if choice == "" else str(choice) for choice in CHOICES[name])
+        parser.add_argument(f"--{name}", action="append", default=[], metavar="X", help=f"only this {what}: {found}")
     parser.add_argument(
         "--results", type=Path, metavar="FILE", help="keep results in FILE; those in it are not run again"
     )
-    parser.add_argument("--sabotage", choices=list(SABOTAGES), default="none", help="break the library on purpose")
+    parser.add_argument(
+        "--sabotage",
+        choices=list(SABOTAGES),
+        default="none",
+        help="break the library on purpose, so that cells must be wrong (default: %(default)s)",
+    )
     given = parser.parse_args(arguments)
     if given.results and given.sabotage != "none":
         parser.error("results of a broken library are not kept")

@@ -505,11 +505,17 @@ def run(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ranks", type=int, default=2, choices=[2, 3])
-    parser.add_argument("--method", choices=list(METHODS), default="gradnorm")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.distributed.soak",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults and the data (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=2, choices=[2, 3], help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--method", choices=list(METHODS), default="gradnorm", help="the weighting method (default: %(default)s)"
+    )
     args = parser.parse_args()
     _, counts = script(args.steps, args.seed, args.ranks)
     with tempfile.TemporaryDirectory() as folder:

@@ -157,3 +157,29 @@ def test_a_loss_that_may_be_missing_on_one_process_alone_is_said_under_zero3(eng
     for messages in run_ranks(left_out_everywhere, 2, tmp_path, engine, timeout=120):
         assert len(messages) == (engine == "zero3")
         assert all('`num_items={"b": 0}`' in message for message in messages)
+
+
+def forgotten_model(prepared: bool) -> list[str]:
+    """What is logged of a training whose model was prepared, or was not."""
+    accelerator, net = accelerator_for("ddp"), Outputs()
+    model = accelerator.prepare(net) if prepared else net
+    optimizer = accelerator.prepare(torch.optim.SGD(net.parameters(), 0.1))
+    heads = {task: f"heads.{task}" for task in "ab"}
+    weighter = Weighter(GradNorm(), ["a", "b"], heads=heads, model=model, accelerator=accelerator)
+    messages: list[str] = []
+    logger, handler = logging.getLogger("accel_weighting"), logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    for _ in range(2):
+        out = model(torch.ones(2, 4) + accelerator.process_index)
+        weighter.backward({task: out[task].square().mean() for task in "ab"})
+        optimizer.step()
+        optimizer.zero_grad()
+    return messages
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_model_that_was_not_prepared_is_said_once(prepared: bool, tmp_path: Any) -> None:
+    first, second = run_ranks(forgotten_model, 2, tmp_path, prepared)
+    assert second == [] and len(first) == (not prepared)
+    assert all("no model did" in message and "accelerator.prepare(model, optimizer" in message for message in first)

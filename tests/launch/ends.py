@@ -107,14 +107,30 @@ def wait(pids: list[int]) -> list[int | None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ends", type=int, help="how many trainings")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--node", type=int, default=0, help="which of them this is")
-    parser.add_argument("--address", default="127.0.0.1", help="of the first node")
-    parser.add_argument("--port", type=int, default=29700, help="the first of ENDS free ports")
-    parser.add_argument("--checkpoints", type=Path, help="an empty folder that all nodes see; one node needs none")
-    parser.add_argument("--busy", type=int, default=0, help="processes beside them that take a core each")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.launch.ends", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ends", type=int, metavar="ENDS", help="how many trainings")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="how many nodes (default: %(default)s)")
+    parser.add_argument(
+        "--node", type=int, default=0, metavar="I", help="which of them this is, from 0 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--address", default="127.0.0.1", help="of the first node, as the others reach it (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=29700, help="the first of ENDS free ports on the first node (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--checkpoints", type=Path, metavar="FOLDER", help="an empty folder that all nodes see; one node needs none"
+    )
+    parser.add_argument(
+        "--busy",
+        type=int,
+        default=0,
+        metavar="N",
+        help="idle loops that take a core each meanwhile (default: %(default)s)",
+    )
     args = parser.parse_args()
     import tests.distributed.setups  # noqa: F401  what every fork needs
 

@@ -82,7 +82,7 @@ def test_the_other_problem(tmp_path):
     assert "topic, % wrong" in output and (tmp_path / "compare_text.png").exists()
     with start(tmp_path, "--problem", "text", "--summary") as sweep:
         code, output = sweep.wait()
-    assert code == 0 and "gradients would be of one length at the weights: topic" in output
+    assert code == 0 and "weights at which all gradients would have the same length: topic" in output
 
 
 def test_an_unknown_method_is_named(tmp_path):

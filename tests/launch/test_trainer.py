@@ -374,3 +374,56 @@ def test_losses_and_counts_of_ones_own_and_a_model_made_anew(tmp_path):
     ((same, seen),) = run_ranks(other_ways, 1, tmp_path, tmp_path)
     assert not same  # train() made the model anew
     assert seen == [["loss/kind"], ["loss/kind", "loss/size"]] * 2
+
+
+class Unlabelled(nn.Module):
+    """A forward whose labels do not have "label" in their names."""
+
+    def __init__(self, tasks):
+        super().__init__()
+        self.embed, self.heads, self.tasks = nn.Linear(6, 8), nn.ModuleDict({t: nn.Linear(8, 1) for t in HEADS}), tasks
+
+    def forward(self, x, kind, size):
+        z = self.embed(x)
+        losses = [F.mse_loss(self.heads[t](z).squeeze(-1), y) for t, y in (("kind", kind), ("size", size))]
+        return {"losses": dict(zip(self.tasks, losses, strict=True))}
+
+
+def newcomers(folder):
+    from transformers import TrainingArguments
+
+    from accel_weighting.integrations.trainer import WeightedTrainer
+
+    data = [{"x": row["x"], "kind": float(row["labels"]), "size": float(row["labels_size"])} for row in rows()]
+
+    def build(tasks=("kind", "size"), **more):
+        args = TrainingArguments(
+            str(folder), use_cpu=True, report_to="none", max_steps=1, disable_tqdm=True, save_strategy="no", **more
+        )
+        return WeightedTrainer(
+            model=Unlabelled(tasks),
+            args=args,
+            train_dataset=data,
+            eval_dataset=data,
+            weighting=GradNorm(alpha=0),
+            heads=HEADS,
+        )
+
+    found = []
+    for names in (None, ["kind", "size"]):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            metrics = build(label_names=names).evaluate()
+        said = [str(w.message) for w in caught if "label_names" in str(w.message)]
+        found.append((sorted(name for name in metrics if "loss" in name), said))
+    with pytest.raises(ValueError) as error:
+        build(["kynd", "size"]).train()
+    return found, str(error.value)
+
+
+def test_labels_that_the_trainer_does_not_know_and_losses_of_other_names_are_told(tmp_path):
+    ((found, other_names),) = run_ranks(newcomers, 1, tmp_path, tmp_path)
+    (without, said), (losses, silent) = found
+    assert without == [] and len(said) == 1 and "gave no `eval_loss`" in said[0]
+    assert losses == ["eval_loss", "eval_loss/kind", "eval_loss/size"] and silent == []
+    assert "Unknown task 'kynd'" in other_names and "Did you mean 'kind'?" in other_names

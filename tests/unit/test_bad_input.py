@@ -156,7 +156,7 @@ def _heads(**changes):
         (_heads(seg=None), ValueError, "`heads` must name a head for every task. Missing: ['seg']."),
         (_heads(seq=nn.Linear(1, 1)), ValueError, "Unknown task 'seq'. This weighter was built with `tasks = ['depth"),
         (_heads(seg=3), TypeError, "`heads` must hold modules or dotted names, or one of them with the name"),
-        (_heads(seg="heads.seg"), ValueError, "Dotted names in `heads` are looked up in `model`, which was not given"),
+        (_heads(seg="heads.seg"), ValueError, "which was not given. Found ['heads.seg']. Pass `model=model` too"),
         (
             lambda model: {"heads": {"depth": "heads.depht", "seg": "head.seg"}, "model": model},
             ValueError,
@@ -298,7 +298,7 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
 def test_a_launcher_that_started_one_of_several_is_warned_of(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # all that `accelerate launch --cpu --num_processes 2` leaves
-    with pytest.warns(UserWarning, match="told of several processes and started one") as caught:
+    with pytest.warns(UserWarning, match="started one.*launch_configs cpu_2` write") as caught:
         for _ in range(2):
             Weighter(EqualWeighting(), TASKS, accelerator=fake_accelerator())
     assert {warning.filename for warning in caught} == {__file__}
@@ -340,6 +340,12 @@ BAD_LOSSES = {
         ValueError,
         "Unknown task 'dpeth'. This weighter was built with `tasks = ['depth', 'seg']`. Did you mean 'depth'?",
     ),
+    "one that is no task": (
+        lambda losses: {**losses, "penalty": losses["depth"]},
+        ValueError,
+        "Unknown task 'penalty'. This weighter was built with `tasks = ['depth', 'seg']`. A term that is added as it "
+        "is comes beside the losses, `extra={name: loss}`",
+    ),
     "a number for a name": (lambda losses: {0: losses["depth"]}, ValueError, "Unknown task 0. This weighter was built"),
     "a vector": (
         _loss(seg=lambda loss: loss.expand(32)),
@@ -355,18 +361,18 @@ BAD_LOSSES = {
     "a float": (
         _loss(seg=lambda loss: loss.item()),
         TypeError,
-        "Loss `seg` must be a floating-point tensor of shape []. Found float.",
+        "Loss `seg` must be a floating-point tensor of shape []. Found float. Pass the loss itself, without `.item()`.",
     ),
     "None": (_loss(seg=lambda loss: None), TypeError, "Loss `seg` must be a floating-point tensor of shape []."),
     "all offenders of shape": (
         _loss(depth=lambda loss: loss.item(), seg=lambda loss: loss[None]),
         TypeError,
-        "Found float.\nLoss `seg` must be a floating-point tensor of shape []. Found dtype float64, shape [1]",
+        "without `.item()`.\nLoss `seg` must be a floating-point tensor of shape []. Found dtype float64, shape [1]",
     ),
     "detached": (
         _loss(seg=torch.Tensor.detach),
         ValueError,
-        "Loss `seg` does not require grad: it was detached before it came here.",
+        "Loss `seg` does not require grad: it was detached before it came here.\nPass losses as the model computed",
     ),
     "all detached": (
         _loss(seg=torch.Tensor.detach, depth=torch.Tensor.detach),
@@ -536,7 +542,7 @@ def bypass(model, weighter):
 
 def test_a_loss_that_does_not_reach_the_branch_is_refused():
     weighter, model = weighter_and_model()
-    with raises(RuntimeError, "Loss `seg` does not depend on the branch: no gradient of it arrived there.") as caught:
+    with raises(RuntimeError, "Loss `seg` does not depend on the branch: no gradient arrived there.") as caught:
         weighter.backward(bypass(model, weighter))
     assert "Branch inside the model's forward or name its head" in str(caught.value)
     assert_the_next_window_works(weighter, model, step=1)
@@ -569,7 +575,7 @@ def test_a_negative_loss_is_refused_where_losses_are_divided(method):
     losses = losses_of(model)
     with raises(ValueError, "divides by losses and needs them positive. Task `seg` averaged -") as caught:
         weighter.backward(losses | {"seg": losses["seg"] - 100})
-    assert repr(method) in str(caught.value)
+    assert str(method) in str(caught.value)
     assert "over optimizer step 0. Give its lower bound, `min_losses={task: bound}`" in str(caught.value)
     assert_the_next_window_works(weighter, model, step=1)
 

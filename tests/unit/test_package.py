@@ -49,6 +49,20 @@ def test_the_lowest_versions_are_those_that_are_declared() -> None:
     assert all((pinned[name] + ".").startswith(f"{bound}.") for name, bound in bounds.items())
 
 
+def test_every_python_that_is_named_is_tried_by_the_workflows() -> None:
+    named = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text())
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    everything, versions = jobs["all"]["steps"], jobs["versions"]["strategy"]["matrix"]["include"]
+    tried = [step["with"]["python-version"] for step in everything if "python" in step.get("uses", "")]
+    tried += [row["python"] for row in versions]
+    assert sorted(tried) == sorted(named) and len(named) == 4
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert commands == ["bash .ci/run", "bash .ci/versions ${{ matrix.versions }}"]
+    cases = re.findall(r"^    (\w+)\) constraints=(\S+) ;;$", (ROOT / ".ci/versions").read_text(), re.M)
+    assert {row["versions"] for row in versions} == {name for name, _ in cases}
+    assert all((ROOT / file).is_file() for _, file in cases)
+
+
 # ---- launch configurations ----------------------------------------------------------------------------------------
 
 

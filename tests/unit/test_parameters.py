@@ -86,7 +86,7 @@ def test_statistics_and_gradients_are_those_by_hand(given: str) -> None:
         assert_exact(weighter, net, weights, step)
         assert nothing_is_left(net)
     assert "body.hidden.weight" in weighter.summary() or given == "parameters without a model"
-    assert "every loss passes its own alias alone" in weighter.summary()
+    assert "every loss reaches the shared part through its own alias alone" in weighter.summary()
 
 
 @pytest.mark.parametrize("place", [0, 1])

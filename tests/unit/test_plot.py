@@ -104,6 +104,16 @@ def test_every_record_of_a_run_gives_the_same_history(weighter, tmp_path, kind):
     matplotlib.pyplot.close("all")
 
 
+@pytest.mark.parametrize("name", ["checkpoint-{}", "checkpoint_{}"])  # the Trainer's, Accelerate's
+def test_a_folder_of_checkpoints_is_drawn_from_the_latest(weighter, tmp_path, name):
+    for number, tasks in ((9, ["old", "older"]), (10, ["a", "b"])):
+        (tmp_path / name.format(number)).mkdir()
+        state = weighter.state_dict() if number == 10 else Weighter(GradNorm(), tasks).state_dict()
+        torch.save(state, tmp_path / name.format(number) / "weighter.pt")
+    ((_, history),) = read_runs(tmp_path).items()
+    assert list(history) == weighter.history
+
+
 def test_nothing_to_draw_is_said_in_words(tmp_path, capsys):
     (tmp_path / "other.json").write_text('{"a": 1}')
     for path, words in ((tmp_path, "holds no record of a weighter"), (tmp_path / "gone", "there is no")):
@@ -130,6 +140,5 @@ def test_describe_is_one_line_for_people(weighter):
     fresh = Weighter(Smooth(CoVWeighting(), 0.9), ["x", "y"])
     fresh.freeze()
     assert fresh.describe() == (
-        "losses weighted by Smooth(method=CoVWeighting(decay=None, warmup=2, total='one'), decay=0.9), frozen; "
-        "to begin with: x 0.5, y 0.5"
+        "losses weighted by Smooth(method=CoVWeighting(), decay=0.9), frozen; to begin with: x 0.5, y 0.5"
     )

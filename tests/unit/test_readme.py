@@ -50,10 +50,14 @@ def test_the_python_blocks_run_in_order(
             monkeypatch.setenv(name, value)  # as torchrun does
     torch.manual_seed(0)
     scope: dict[str, object] = {"__name__": "readme"}
-    missing = set()
+    missing: set[str] = set()
+    left_out: set[str] = set()
     for block in blocks(page, "python"):
-        missing |= (lacking := not_installed(block))
-        if not lacking:
+        lacking, (made, used) = not_installed(block), names_of(block)
+        if lacking or used & (left_out - scope.keys()):
+            missing |= lacking
+            left_out |= made
+        else:
             exec(compile(block, page, "exec"), scope)
     assert PRINTED.get(page, "") in capsys.readouterr().out
     if missing:
@@ -66,6 +70,15 @@ def not_installed(block: str) -> set[str]:
     names = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
     names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     return {root for root in (name.split(".")[0] for name in names) if find_spec(root) is None}
+
+
+def names_of(block: str) -> tuple[set[str], set[str]]:
+    """What a block gives names to, and the names that it reads."""
+    nodes = list(ast.walk(ast.parse(block)))
+    made = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    made |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    made |= {a.asname or a.name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
+    return made, {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
 
 
 def test_the_diff_is_a_working_loop() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from accel_weighting import MGDA, CoVWeighting, GradNorm, RotoGrad, Weighter
+from accel_weighting import MGDA, CoVWeighting, GradNorm, RotoGrad, Smooth, Weighter
 
 GRADNORM = GradNorm(alpha=0.0)
 
@@ -153,6 +153,20 @@ def test_misspelt_heads_and_tasks_are_guessed():
         weighter.combine({"depth": torch.ones(()), "normal": torch.ones(())})
 
 
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (GradNorm(), "GradNorm()"),
+        (GradNorm(alpha=1, optimizer="sgd"), "GradNorm(alpha=1, optimizer='sgd')"),
+        (Smooth(GradNorm(alpha=0), 0.5), "Smooth(method=GradNorm(alpha=0), decay=0.5)"),
+        (RotoGrad(init="haar", size=4), "RotoGrad(size=4, init='haar')"),
+    ],
+)
+def test_messages_name_a_method_by_what_differs_from_its_defaults(method, words):
+    assert str(method) == words
+    assert Weighter(method, ["a", "b"]).describe().startswith(f"losses weighted by {words}; to begin with: a ")
+
+
 # ---- summary --------------------------------------------------------------------------------------------------------
 
 
@@ -160,7 +174,7 @@ def test_the_summary_is_a_table_of_the_first_window_and_the_last():
     model, x = Model(), torch.randn(7, 4)
     weighter = Weighter(GRADNORM, ["a", "b"], heads={"a": "heads.a", "b": "heads.b"}, model=model)
     before = weighter.summary()
-    assert "heads.a" in before and "audit: at the first window" in before
+    assert "heads.a" in before and "audit: follows with the first losses" in before
     for scale in (1.0, 2.0):
         weighter.backward([scale * mean(y) for y in model(x)])
     first, last = weighter.history[0][1], weighter.history[1][1]
@@ -171,8 +185,8 @@ def test_the_summary_is_a_table_of_the_first_window_and_the_last():
     assert f"{last['cosine/a/b']:.3g}" in row and "[7, 6]" in row and "heads.b" in row
     n = weighter.statistics.norms
     w = 2 / n / (1 / n).sum()
-    assert f"of one length at the weights: a {w[0]:.3g}, b {w[1]:.3g}" in table
-    assert "audit: every loss passes its own alias alone" in table
+    assert f"weights at which all gradients would have the same length: a {w[0]:.3g}, b {w[1]:.3g}" in table
+    assert "audit: every loss reaches the shared part through its own alias alone" in table
 
 
 def test_the_summary_says_what_the_audit_found():
