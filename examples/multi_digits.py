@@ -29,7 +29,16 @@ import transformers
 from accelerate import Accelerator, skip_first_batches
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, set_seed, tqdm
-from common import Progress, check_processes, resume, save_checkpoint, table
+from common import (
+    Progress,
+    add_checkpoint_arguments,
+    add_output_arguments,
+    check_processes,
+    micro_batch_size,
+    resume,
+    save_checkpoint,
+    table,
+)
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -160,7 +169,7 @@ def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     # Only whole batches: a partial last batch would be divided differently on another number of processes.
     train_set = Subset(train_set, range(len(train_set) // args.batch_size * args.batch_size))
-    micro_batch = args.batch_size // (accelerator.num_processes * args.accumulation)
+    micro_batch = micro_batch_size(args.batch_size, accelerator, args.accumulation)
     train_loader = DataLoader(train_set, micro_batch, shuffle=True)
     test_loader = DataLoader(test_set, batch_size=512)
     model, optimizer, train_loader, test_loader = accelerator.prepare(model, optimizer, train_loader, test_loader)
@@ -319,21 +328,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--mixed_precision", choices=["no", "bf16", "fp16"], help="precision (default: the one that the launcher chose)"
     )
-    parser.add_argument(
-        "--checkpoint_dir",
-        type=Path,
-        help="folder in which the latest checkpoint of every method is kept (default: none is saved)",
-    )
-    parser.add_argument(
-        "--save_every", type=int, default=200, help="optimizer steps between two checkpoints (default: 200)"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from the checkpoint in --checkpoint_dir, if there is one"
-    )
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("runs/multi_digits"), help="folder for results (default: %(default)s)"
-    )
-    parser.add_argument("--cpu", action="store_true", help="train on the CPU even if the machine has accelerators")
+    add_checkpoint_arguments(parser)
+    add_output_arguments(parser, "multi_digits")
     parser.add_argument(
         "--timeout", type=int, default=300, help="seconds that processes wait for a lost one (default: 300)"
     )
@@ -350,12 +346,7 @@ def main() -> None:
     args = parse_args()
     accelerator = make_accelerator(args)
     check_processes(accelerator)
-    if args.batch_size % (accelerator.num_processes * args.accumulation):
-        raise SystemExit(
-            f"--batch_size {args.batch_size} cannot be cut into {accelerator.num_processes} processes × "
-            f"{args.accumulation} micro-batches of one size."
-        )
-
+    micro_batch_size(args.batch_size, accelerator, args.accumulation)  # ends the script if it cannot be divided
     runs = {method: train(method, args) for method in args.methods}
     accelerator.print(compare(runs))
     if accelerator.is_main_process:
