@@ -12,7 +12,9 @@ With your own encoder and data, from the hub or from local folders, and low-rank
     accelerate launch examples/finetune_text.py --model google-bert/bert-base-cased --dataset MY/TEXTS --text tokens \
         --classification subject --regression --tagging ner_tags pos_tags --lora --lr 2e-4 --mixed_precision bf16
 
-Prints a table, and writes `finetune_text.json`, `finetune_text.png` and TensorBoard logs to `--output_dir`.
+The default takes half a minute on two CPU cores. Prints a table of metrics on test texts, and writes
+`finetune_text.json`, `finetune_text.png` (weights, losses, gradient norms and cosines) and TensorBoard logs to
+`--output_dir`.
 """
 
 import argparse

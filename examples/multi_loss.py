@@ -10,8 +10,8 @@ classifier.
 With `--adversarial` a discriminator judges the reconstructions as well. Its losses on real and on reconstructed images
 have a weighter of their own, which does not measure the gradients that the autoencoder gets through it.
 
-Prints a table of all losses on test images, and writes `multi_loss.json`, `multi_loss.png` (weights, losses, norms and
-cosines) and `multi_loss_digits.png` (reconstructions) to `--output_dir`.
+The default takes a minute on two CPU cores. Prints a table of all losses on test images, and writes `multi_loss.json`,
+`multi_loss.png` (weights, losses, norms and cosines) and `multi_loss_digits.png` (reconstructions) to `--output_dir`.
 """
 
 import argparse
