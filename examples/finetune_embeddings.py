@@ -8,7 +8,7 @@ A batch comes from one of them, and the method compares the last values of each.
 losses on one batch instead: the ranking, and a loss that spreads the embeddings.
 
 Takes @EMB@ on two CPU cores. Prints a table of metrics on unseen sentences, and writes `finetune_embeddings.json`,
-`finetune_embeddings.png` (weights, losses and gradient norms) and the model to `--output_dir`.
+`finetune_embeddings.png` (weights, losses, gradient norms and cosines) and the model to `--output_dir`.
 """
 
 import argparse

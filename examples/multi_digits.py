@@ -19,7 +19,6 @@ import platform
 import time
 from datetime import timedelta
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import accelerate
@@ -48,6 +47,7 @@ from transformers import ViTConfig, ViTModel
 
 import accel_weighting
 from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, RotoGrad, RotoGradNorm, Weighter, plot_history
+from accel_weighting.plot import smooth
 from accel_weighting.selfcheck.cpu import accelerator_on_cpu
 
 # To try another method, add a row. Methods that weight losses keep their sum, so that learning rates stay comparable.
@@ -269,13 +269,6 @@ def brief(history: History) -> History:
     ]
 
 
-def smooth(history: History) -> History:
-    """Moving means over a fiftieth of the run, because single batches are noisy."""
-    width = max(1, len(history) // 50)
-    windows = [history[end - width : end] for end in range(width, len(history) + 1)]
-    return [(w[-1][0], {n: fmean(values[n] for _, values in w if n in values) for n in w[-1][1]}) for w in windows]
-
-
 def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
     """Draws one row per method: its weights, and the losses and gradient norms that led to them."""
     matplotlib.use("Agg")
@@ -285,7 +278,7 @@ def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
     figure = plt.figure(figsize=(13, 0.9 + 2.9 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey="col", squeeze=False)
     for (method, run), row in zip(runs.items(), axes, strict=True):
-        history = smooth(run["history"])
+        history = smooth(run["history"])  # single batches are noisy
         for ax, values in zip(row, PANELS, strict=True):
             plot_history(history, ax, values=values)
             handles, labels = ax.get_legend_handles_labels()
