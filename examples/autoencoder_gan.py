@@ -14,9 +14,10 @@ it is divided among. The losses of the codes, commitment and codebook, are added
 The images are pieces of the two photographs that scikit-learn contains, and the perceptual network is a fixed random
 one, so that nothing is downloaded; for a real training, put the features of a trained network in its place.
 
-Takes @GAN@ on two CPU cores. Prints a table of the losses on pieces that were not trained on, and writes
-`autoencoder_gan.json`, `autoencoder_gan.png` (weights, losses and gradient norms) and `autoencoder_gan_images.png`
-(images, their reconstructions before and with the adversary, and the weights over the steps) to `--output_dir`.
+The default takes three minutes on two CPU cores. Prints a table of the losses on pieces that were not trained on, and
+writes `autoencoder_gan.json`, `autoencoder_gan.png` (weights, losses and gradient norms) and
+`autoencoder_gan_images.png` (images, their reconstructions before and with the adversary, and the weights over the
+steps) to `--output_dir`.
 """
 
 import argparse

@@ -13,7 +13,7 @@ own, in `weighter.task(name)`. For fixed weights and for methods that read losse
     accelerate launch --config_file launch_configs/cpu_2.yaml examples/forces.py --cpu
 
 The batch of a step is the same however many processes it is divided among. Trains once by every method with every
-seed, which takes @FORCES@ on two CPU cores. Prints the errors on test configurations, and writes `forces.json` and
+seed, which takes three minutes on one CPU core. Prints the errors on test configurations, and writes `forces.json` and
 `forces.png` to `--output_dir`.
 """
 

@@ -10,9 +10,9 @@ The model is a small Llama with random weights, and its tokenizer knows a few wo
 `--compare` trains once with each of several methods, from the same seed. `static` is what `loss_weights=[1.0, 1.0]`
 does without this library.
 
-Takes @PREF@ on two CPU cores. Prints a table of the share of sums that the model answers rightly, how often it prefers
-the right answer, and the final weights, and writes `preferences.json` and `preferences.png` (weights and losses) to
-`--output_dir`.
+The default takes a minute on two CPU cores. Prints a table of the share of sums that the model answers rightly, how
+often it prefers the right answer, and the final weights, and writes `preferences.json` and `preferences.png` (weights
+and losses) to `--output_dir`.
 """
 
 import argparse
