@@ -263,9 +263,9 @@ def draw(runs: list[Run]) -> "Figure":
         axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
-    ax.set_title("root mean squares on test configurations: means, and small the single seeds", fontsize="medium")
+    ax.set_title("root mean squared errors on test configurations; small dots: single seeds", fontsize="medium")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize="small")
+    ax.legend(fontsize="small", loc="center right")
     return figure
 
 
