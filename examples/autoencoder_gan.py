@@ -244,7 +244,7 @@ def draw(rows: dict[str, Tensor], history: list[Any], start: int, path: Path) ->
     plot_history(history, ax)
     ax.set_yscale("log")
     ax.axvline(start, color="black", linewidth=0.8, linestyle=":", label="the adversary starts")
-    ax.legend(fontsize="small", loc="center left")
+    ax.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(LOSSES) + 1, frameon=False)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
