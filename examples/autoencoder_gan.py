@@ -14,8 +14,8 @@ it is divided among. The losses of the codes, commitment and codebook, are added
 The images are pieces of the two photographs that scikit-learn contains, and the perceptual network is a fixed random
 one, so that nothing is downloaded; for a real training, put the features of a trained network in its place.
 
-The default takes three minutes on two CPU cores. Prints a table of the losses on pieces that were not trained on, and
-writes `autoencoder_gan.json`, `autoencoder_gan.png` (weights, losses and gradient norms) and
+The default takes two to three minutes on two CPU cores. Prints a table of the losses on pieces that were not trained
+on, and writes `autoencoder_gan.json`, `autoencoder_gan.png` (weights, losses, gradient norms and cosines) and
 `autoencoder_gan_images.png` (images, their reconstructions before and with the adversary, and the weights over the
 steps) to `--output_dir`.
 """

@@ -7,7 +7,7 @@ the same thing (MultipleNegativesRankingLoss); `scores` are two sentences and ho
 A batch comes from one of them, and the method compares the last values of each. With `--together` there are several
 losses on one batch instead: the ranking, and a loss that spreads the embeddings.
 
-The default takes a minute on two CPU cores. Prints a table of metrics on unseen sentences, and writes
+The default takes about a minute on two CPU cores. Prints a table of metrics on unseen sentences, and writes
 `finetune_embeddings.json`, `finetune_embeddings.png` (weights, losses, gradient norms and cosines) and the model to
 `--output_dir`.
 """
