@@ -121,7 +121,10 @@ def plot_runs(runs: Mapping[str, History]) -> Figure:
                 ax.axis("off")
                 continue
             plot_history(history if panel == "weight" else smooth(history), ax, values=panel)
-            ax.set_title(LABELS[panel] if len(runs) == 1 else f"{name}: {LABELS[panel]}", fontsize="medium")
+            title = LABELS[panel] if len(runs) == 1 else f"{name}: {LABELS[panel]}"
+            if panel != "weight" and (width := _fiftieth(history)) > 1:
+                title += f", means over {width} steps"
+            ax.set_title(title, fontsize="medium")
             ax.set_ylabel("")
             if panel == "cosine":
                 ax.axhline(0, color="black", linewidth=0.6)
@@ -147,9 +150,13 @@ def held_steps(history: History) -> list[int]:
     return steps
 
 
+def _fiftieth(history: History) -> int:
+    return max(1, len(history) // 50)
+
+
 def smooth(history: History) -> list[tuple[int, dict[str, float]]]:
     """Means over a fiftieth of the run, at the last step of each."""
-    width = max(1, len(history) // 50)
+    width = _fiftieth(history)
     windows = [history[end - width : end] for end in range(width, len(history) + 1)]
     names = list(dict.fromkeys(name for _, values in history for name in values))
     return [

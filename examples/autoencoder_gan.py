@@ -11,12 +11,13 @@ it is divided among. The losses of the codes, commitment and codebook, are added
 
     accelerate launch --config_file launch_configs/cpu_2.yaml examples/autoencoder_gan.py --cpu
 
-The images are pieces of the two photographs that scikit-learn brings along, and the perceptual network is a fixed
-random one, so that nothing is downloaded: put the features of a trained network in its place.
+The images are pieces of the two photographs that scikit-learn contains, and the perceptual network is a fixed random
+one, so that nothing is downloaded; for a real training, put the features of a trained network in its place.
 
-Prints a table of the losses on pieces that were not trained on, and writes `autoencoder_gan.json`,
-`autoencoder_gan.png` (weights, losses and gradient norms) and `autoencoder_gan_images.png` (images, their
-reconstructions before and with the adversary, and the weights over the steps) to `--output_dir`.
+The default takes two to three minutes on two CPU cores. Prints a table of the losses on pieces that were not trained
+on, and writes `autoencoder_gan.json`, `autoencoder_gan.png` (weights, losses, gradient norms and cosines) and
+`autoencoder_gan_images.png` (images, their reconstructions before and with the adversary, and the weights over the
+steps) to `--output_dir`.
 """
 
 import argparse
@@ -28,7 +29,17 @@ import matplotlib
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration, set_seed, tqdm
-from common import Progress, check_processes, resume, save_checkpoint, table, write_results
+from common import (
+    Progress,
+    add_checkpoint_arguments,
+    add_output_arguments,
+    check_processes,
+    micro_batch_size,
+    resume,
+    save_checkpoint,
+    table,
+    write_results,
+)
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -75,7 +86,7 @@ class Codebook(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Compresses 32 × 32 pixels to 8 × 8 codes, and reconstructs them; the losses part at its last convolution."""
+    """Compresses 32 × 32 pixels to 8 × 8 codes, and reconstructs them; the branch point is its last convolution."""
 
     def __init__(self, width: int = 32, codes: int = 256, size: int = 8):
         super().__init__()
@@ -135,12 +146,11 @@ class Perceptual(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.layers = nn.ModuleList(nn.Conv2d(n, width, 3, stride=2, padding=1) for n in (3, width, width))
         for parameter in self.parameters():
-            fan_in = max(parameter[0].numel(), 1)
-            parameter.data.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
+            parameter.data.normal_(0, (2 / parameter[0].numel()) ** 0.5, generator=generator)
         self.requires_grad_(False)
 
     def forward(self, output: Tensor, images: Tensor) -> Tensor:
-        """Squared distances of unit vectors of features, their mean over places, layers and images."""
+        """The mean squared distance of normalised features, over places, layers and images."""
         distances, a, b = [], output, images
         for layer in self.layers:
             a, b = F.relu(layer(a)), F.relu(layer(b))
@@ -162,20 +172,20 @@ def load_pieces() -> tuple[Tensor, Tensor]:
 
 
 class Adversary:
-    """The discriminator, what the autoencoder learns from it, and what it learns itself."""
+    """The discriminator, with the loss that the autoencoder has from it and its own."""
 
     def __init__(self, model: Any, accelerator: Accelerator):
         self.model, self.inner = model, accelerator.unwrap_model(model)
 
     def judge(self, outputs: Tensor) -> Tensor:
-        """The autoencoder's loss: how little its outputs are taken for photographs."""
+        """The autoencoder's loss: the lower, the more its outputs are taken for photographs."""
         self.inner.requires_grad_(False)  # its own parameters get no gradient from this
         loss = -self.inner(outputs).mean()
         self.inner.requires_grad_(True)
         return loss
 
     def loss(self, images: Tensor, outputs: Tensor) -> Tensor:
-        """The discriminator's own, from one forward over both kinds of images."""
+        """The discriminator's own loss (hinge), from one forward over both kinds of images."""
         real, fake = self.model(torch.cat([images, outputs.detach()])).chunk(2)
         return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
@@ -189,8 +199,8 @@ def generator_losses(
 ) -> dict[str, Tensor]:
     """Computes every loss from its own alias of the output; without an adversary that of the adversary is 0.
 
-    A task whose gradient is exactly 0 counts as absent: its weight waits. With `perceptual_weight` the perceptual loss
-    is a part of the reconstruction.
+    A task whose gradient is exactly 0 counts as absent, and keeps its weight. With `perceptual_weight` the perceptual
+    loss is a part of the reconstruction.
     """
     output, judged = outputs["reconstruction"], outputs["adversarial"]
     losses = {"reconstruction": F.l1_loss(output, images)}
@@ -233,7 +243,8 @@ def draw(rows: dict[str, Tensor], history: list[Any], start: int, path: Path) ->
     ax = below.subplots()
     plot_history(history, ax)
     ax.set_yscale("log")
-    ax.axvline(start, color="black", linewidth=0.8, linestyle=":")
+    ax.axvline(start, color="black", linewidth=0.8, linestyle=":", label="the adversary starts")
+    ax.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(LOSSES) + 1, frameon=False)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -242,7 +253,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps (default: 600)")
     parser.add_argument(
-        "--adversarial_start", type=int, default=300, help="step from which there is an adversary (default: 300)"
+        "--adversarial_start",
+        type=int,
+        default=300,
+        help="optimizer step from which there is an adversary (default: 300)",
     )
     parser.add_argument(
         "--adversarial_ratio",
@@ -251,7 +265,10 @@ def parse_args() -> argparse.Namespace:
         help="size of the adversarial gradient in multiples of the reconstruction's (default: 0.5)",
     )
     parser.add_argument(
-        "--perceptual_ratio", type=float, default=1.0, help="the same of the perceptual gradient (default: 1)"
+        "--perceptual_ratio",
+        type=float,
+        default=1.0,
+        help="size of the perceptual gradient in multiples of the reconstruction's (default: 1)",
     )
     parser.add_argument(
         "--perceptual_weight",
@@ -265,28 +282,18 @@ def parse_args() -> argparse.Namespace:
         help="images per optimizer step, divided among processes and micro-batches (default: 32)",
     )
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step (default: 1)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of both AdamW (default: 0.001)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of both models' AdamW (default: 0.001)")
     parser.add_argument(
         "--seed", type=int, default=0, help="random seed of the models and the order of samples (default: 0)"
     )
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="precision (default: no)")
-    parser.add_argument("--float64", action="store_true", help="train in float64, to compare numbers of processes")
     parser.add_argument(
-        "--checkpoint_dir", type=Path, help="folder in which the latest checkpoint is kept (default: none is saved)"
+        "--float64",
+        action="store_true",
+        help="train in float64, so that runs on different numbers of processes can be compared",
     )
-    parser.add_argument(
-        "--save_every", type=int, default=200, help="optimizer steps between two checkpoints (default: 200)"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from the checkpoint in --checkpoint_dir, if there is one"
-    )
-    parser.add_argument(
-        "--output_dir",
-        type=Path,
-        default=Path("runs/autoencoder_gan"),
-        help="folder for results (default: %(default)s)",
-    )
-    parser.add_argument("--cpu", action="store_true", help="train on the CPU even if the machine has accelerators")
+    add_checkpoint_arguments(parser)
+    add_output_arguments(parser, "autoencoder_gan")
     args = parser.parse_args()
     if args.resume and not args.checkpoint_dir:
         parser.error("--resume needs --checkpoint_dir")
@@ -304,21 +311,10 @@ def make_weighter(args: argparse.Namespace, accelerator: Accelerator, model: Any
         accelerator=accelerator,
         model=model,
         shared_layer="last",
-        initial_weights={"adversarial": 0.01},  # until its gradient was seen; max_growth lets it rise gently from there
+        initial_weights={"adversarial": 0.01},  # until its gradient is seen; then it rises as `max_growth` allows
     )
     accelerator.unwrap_model(model).weighter = weighter
     return weighter
-
-
-def micro_batch_size(args: argparse.Namespace, processes: int) -> int:
-    """Images of one micro-batch of one process: all of the same size, so that any division trains alike."""
-    size, rest = divmod(args.batch_size, processes * args.accumulation)
-    if rest:
-        raise SystemExit(
-            f"--batch_size {args.batch_size} cannot be cut into {processes} processes × {args.accumulation} "
-            "micro-batches of one size."
-        )
-    return size
 
 
 class Training:
@@ -331,7 +327,7 @@ class Training:
         images = images[: self.steps_per_epoch * args.batch_size]
         models = Autoencoder(), Discriminator()
         optimizers = [torch.optim.AdamW(model.parameters(), args.lr, betas=(0.5, 0.9)) for model in models]
-        loader = DataLoader(images, micro_batch_size(args, accelerator.num_processes), shuffle=True)
+        loader = DataLoader(images, micro_batch_size(args.batch_size, accelerator, args.accumulation), shuffle=True)
         self.model, discriminator, self.optimizer, self.d_optimizer, self.loader = accelerator.prepare(
             *models, *optimizers, loader
         )
@@ -344,7 +340,7 @@ class Training:
         self.shown = self.test_images[detailed[:40:4]]
 
     def micro_batch(self, images: Tensor, judged: bool) -> None:
-        """One backward of each model; the optimizers step after the last of an optimizer step."""
+        """One backward of each model; the optimizers step after the last micro-batch of an optimizer step."""
         with self.accelerator.accumulate(*self.models):
             outputs, extra, _ = self.model(images)
             adversary, fixed = self.adversary if judged else None, self.args.perceptual_weight
@@ -359,11 +355,11 @@ class Training:
 
     @torch.no_grad()
     def reconstructed(self) -> Tensor:
-        """The test images that are shown, as the autoencoder gives them now."""
+        """The test images of the picture, as the autoencoder reconstructs them now."""
         return self.inner(self.shown)[0]["reconstruction"]
 
     def report(self, seconds: float) -> None:
-        """Prints the table, and writes what the run recorded; test images are few, so one process is enough."""
+        """Prints the table and writes the results, on one process: test images are few."""
         result = evaluate(self.inner, self.adversary, self.perceptual, self.test_images)
         weights = self.weighter.weights
         cells = [[name, f"{x:.4g}", f"{weights[name]:.3g}" if name in weights else ""] for name, x in result.items()]
@@ -396,7 +392,7 @@ def main() -> None:
         training.loader.set_epoch(epoch)
         for images in skip_first_batches(training.loader, done * args.accumulation):
             if progress.step == args.adversarial_start:
-                rows["before"] = training.reconstructed()
+                rows["before the\nadversary"] = training.reconstructed()
             training.micro_batch(images, judged=progress.step >= args.adversarial_start)
             if accelerator.sync_gradients:
                 progress.step += 1
@@ -414,7 +410,7 @@ def main() -> None:
     if accelerator.is_main_process:
         training.report(seconds)
         print(f"{args.steps - before} steps in {seconds:.0f} s")
-        rows["output"] = training.reconstructed()
+        rows["with the\nadversary" if args.steps > args.adversarial_start else "output"] = training.reconstructed()
         history, path = training.weighter.history, args.output_dir / "autoencoder_gan_images.png"
         draw(rows, history, args.adversarial_start, path)
     accelerator.wait_for_everyone()

@@ -9,9 +9,10 @@ mean of the tasks' errors with the first seed (or the first `--choosing` seeds).
 chosen, and all of them are evaluated on the test set. Static weights, a grid over two tasks written with knowledge of
 the gradients, have four candidates.
 
-Every finished run is a line of `runs.jsonl` in `--output_dir`; after an interruption the same command continues. Prints
-a table and writes it to `table.txt`, and draws `compare_<problem>.png`. `--summary` prints what `weighter.summary()`
-says after one run with equal weights, and nothing else.
+The digits take half an hour of processor time and the text ten minutes; `--workers` runs share it. Every finished run
+is a line of `runs.jsonl` in `--output_dir`; after an interruption the same command continues. Prints a table and writes
+it to `table.txt`, and draws `compare_<problem>.png`. `--summary` prints what `weighter.summary()` says after one run
+with equal weights, and nothing else.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import torch
 from accelerate.utils import tqdm
+from common import listed
 from problems import PROBLEMS
 from scipy.stats import rankdata, t
 from torch import nn
@@ -426,9 +428,6 @@ def draw(runs: list[Run], path: Path) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    def listed(kind: Any) -> Any:
-        return lambda text: [kind(part) for part in text.split(",")]
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problem", choices=list(PROBLEMS), default="digits", help="what is learned (default: digits)")
     parser.add_argument("--summary", action="store_true", help="print what one run with equal weights shows, and end")
@@ -448,14 +447,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--output_dir",
         type=Path,
-        help="folder for runs, table and picture (default: results/compare_methods/<problem>)",
+        help="folder for runs, table and picture (default: runs/compare_methods/<problem>)",
     )
     args = parser.parse_args()
     known = methods(args.problem)
     args.methods = args.methods or list(known)
     args.lrs = args.lrs or list(PROBLEMS[args.problem].lrs)
     args.steps = PROBLEMS[args.problem].steps if args.steps is None else args.steps
-    args.output_dir = args.output_dir or Path("results/compare_methods") / args.problem
+    args.output_dir = args.output_dir or Path("runs/compare_methods") / args.problem
     if unknown := [name for name in args.methods if name not in known]:
         parser.error(f"--methods: unknown {unknown}; there are {list(known)}")
     if "equal" not in args.methods or min(args.workers, args.steps, args.choosing) < 1:

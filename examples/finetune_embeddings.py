@@ -4,10 +4,12 @@ r"""Sentence embeddings from two data sets with a loss each, in sentence-transfo
 
 The script makes its sentences, a tokenizer and a small transformer of random weights. `pairs` are two sentences about
 the same thing (MultipleNegativesRankingLoss); `scores` are two sentences and how alike their opinions are (CoSENTLoss).
-A batch comes from one of them, and the method compares the last values of each. `--together` takes several losses of
-one batch instead: the ranking, and a loss that spreads the embeddings.
+A batch comes from one of them, and the method compares the last values of each. With `--together` there are several
+losses on one batch instead: the ranking, and a loss that spreads the embeddings.
 
-Prints a table, and writes `finetune_embeddings.json`, `finetune_embeddings.png` and the model to `--output_dir`.
+The default takes about a minute on two CPU cores. Prints a table of metrics on unseen sentences, and writes
+`finetune_embeddings.json`, `finetune_embeddings.png` (weights, losses, gradient norms and cosines) and the model to
+`--output_dir`.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import random
 from pathlib import Path
 
 import torch
-from common import check_processes, table, write_results
+from common import add_output_arguments, add_training_arguments, check_processes, table, write_results
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator, TripletEvaluator
@@ -32,6 +34,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from accel_weighting import CoVWeighting, EqualWeighting, GradNorm, UncertaintyWeighting
 from accel_weighting.integrations.sentence_transformers import WeightedSentenceTransformerTrainer
 
+# To try another method, add a row.
 METHODS = {
     "equal": EqualWeighting(),
     "gradnorm": GradNorm(lr=0.05),
@@ -63,21 +66,20 @@ FORMS = [
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=METHODS, default="gradnorm", help="weighting method (default: gradnorm)")
-    parser.add_argument("--together", action="store_true", help="several losses of one batch, of one data set")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps (default: 200)")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows per micro-batch and process (default: 16)")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step (default: 1)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW (default: 0.001)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of data, model and order (default: 0)")
-    parser.add_argument("--save_every", type=int, default=100, help="steps between checkpoints (default: 100)")
-    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint, if any")
     parser.add_argument(
-        "--output_dir",
-        type=Path,
-        default=Path("runs/finetune_embeddings"),
-        help="folder for results (default: %(default)s)",
+        "--together", action="store_true", help="several losses on one batch, instead of a data set and a loss each"
     )
-    parser.add_argument("--cpu", action="store_true", help="train on the CPU even if the machine has accelerators")
+    add_training_arguments(parser, samples="rows", steps=200, batch_size=16, lr=1e-3)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of the sentences, the model and their order (default: 0)"
+    )
+    parser.add_argument(
+        "--save_every", type=int, default=100, help="optimizer steps between two checkpoints (default: 100)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the last checkpoint in --output_dir, if there is one"
+    )
+    add_output_arguments(parser, "finetune_embeddings")
     return parser.parse_args()
 
 
@@ -111,7 +113,7 @@ def make_scores(rows: int, seed: int) -> Dataset:
 
 
 def make_encoder(folder: Path) -> None:
-    """A transformer of random weights, and a tokenizer that knows the words above."""
+    """Saves a transformer with random weights, and a tokenizer that knows the words above."""
     words = {word for form in FORMS for word in form.split() if "{" not in word}
     words |= {word for group in (*THINGS.values(), *OPINIONS.values()) for word in group}
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(["[PAD]", "[UNK]", *sorted(words)])}, "[UNK]"))
@@ -123,7 +125,7 @@ def make_encoder(folder: Path) -> None:
 
 
 class Spread(nn.Module):
-    """How alike the embeddings of a batch are to their mean: small where they fill the space."""
+    """A loss that is small where the embeddings of a batch point in all directions."""
 
     def __init__(self, model: SentenceTransformer) -> None:
         super().__init__()

@@ -3,24 +3,25 @@ r"""The encoder of `finetune_text.py`, with several heads on the same texts, fin
     accelerate launch --config_file launch_configs/cpu_2.yaml examples/finetune_trainer.py --cpu
 
 `WeightedTrainer` is the Trainer with a weighting method. The model returns one loss per task in `losses`. The collator
-puts into `num_items` how many texts or words of a task are in a micro-batch, by which it counts in the optimizer step.
-The Trainer uses the weighted sum as its loss. Its logs contain the weights, losses and gradient norms of every task,
-its evaluations the mean loss of every task, and its checkpoints the weighter.
+puts into `num_items` how many texts or words of each task a micro-batch has, so that every item of an optimizer step
+counts the same. The Trainer uses the weighted sum as its loss. Its logs contain the weights, losses and gradient norms
+of every task, its evaluations the mean loss of every task, and its checkpoints the weighter's state.
 
 With your own encoder and data, from the hub or from local folders:
 
     accelerate launch examples/finetune_trainer.py --model google-bert/bert-base-cased --dataset MY/TEXTS \
         --text tokens --classification subject --regression --tagging ner_tags pos_tags --lr 5e-5
 
-Prints a table, and writes `finetune_trainer.json`, `finetune_trainer.png` and TensorBoard logs to `--output_dir`.
+The default takes about a minute on two CPU cores. Prints a table of metrics on test texts, and writes
+`finetune_trainer.json`, `finetune_trainer.png` (weights, losses, gradient norms and cosines) and TensorBoard logs to
+`--output_dir`.
 """
 
 import argparse
 import os
-from pathlib import Path
 
 import torch
-from common import check_processes, table, write_results
+from common import add_output_arguments, add_training_arguments, check_processes, table, write_results
 from finetune_text import METHODS
 from text_data import Collator, add_arguments, load_texts, load_tokenizer, make_model, make_tokenizer, metrics, score
 from transformers import EvalPrediction, TrainingArguments, set_seed
@@ -33,10 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--method", choices=METHODS, default="gradnorm", help="weighting method (default: gradnorm)")
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps (default: 400)")
-    parser.add_argument("--batch_size", type=int, default=16, help="texts per micro-batch and process (default: 16)")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step (default: 1)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW (default: 0.002)")
+    add_training_arguments(parser, samples="texts", steps=400, batch_size=16, lr=2e-3)
     parser.add_argument(
         "--seed", type=int, default=0, help="random seed of the model and the order of samples (default: 0)"
     )
@@ -46,13 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--resume", action="store_true", help="continue from the last checkpoint in --output_dir, if any"
     )
-    parser.add_argument(
-        "--output_dir",
-        type=Path,
-        default=Path("runs/finetune_trainer"),
-        help="folder for results (default: %(default)s)",
-    )
-    parser.add_argument("--cpu", action="store_true", help="train on the CPU even if the machine has accelerators")
+    add_output_arguments(parser, "finetune_trainer")
     return parser.parse_args()
 
 

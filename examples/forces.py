@@ -2,32 +2,42 @@ r"""Energies and forces of a cluster of atoms: one of the two losses is on deriv
 
 Thirteen copper atoms move at 800 K in the many-body potential of Gupta (parameters of Cleri and Rosato,
 https://doi.org/10.1103/PhysRevB.48.22), which the script samples by Monte Carlo. A network E(x) learns their energies,
-and their forces by F = -∂E/∂x. How well it learns each depends on the weights of the two losses:
+and their forces as F = -∂E/∂x. How well it learns each depends on the weights of the two losses:
 
 - "energy": the squared error of the energy per atom, in eV²;
 - "forces": the squared error of a component of a force, in (eV/Å)²; it contains first derivatives of the network.
 
-A row of the table is a fixed ratio of the weights or a method. Methods that compare gradients do so at the weight named
-in `shared_parameters`; each loss then has a forward of its own, in `weighter.task(name)`. For the others one forward
-gives both losses.
+Methods that compare gradients do so at the weight named in `shared_parameters`; each loss then has a forward of its
+own, in `weighter.task(name)`. For fixed weights and for methods that read losses, one forward gives both losses.
 
     accelerate launch --config_file launch_configs/cpu_2.yaml examples/forces.py --cpu
 
-The batch of a step is the same however many processes it is divided among. Prints the errors on test configurations,
-and writes `forces.json` and `forces.png` to `--output_dir`.
+The batch of a step is the same however many processes it is divided among. Trains once by every method with every
+seed, which takes three minutes on one CPU core. Prints the errors on test configurations, and writes `forces.json` and
+`forces.png` to `--output_dir`.
 """
 
 import argparse
 import itertools
 import time
-from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
-from common import check_processes, listed, mean_and_range, table, thinned, write_results
+from common import (
+    Run,
+    add_comparison_arguments,
+    add_output_arguments,
+    by_method,
+    check_processes,
+    mean_and_range,
+    micro_batch_size,
+    table,
+    thinned,
+    write_comparison,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -63,7 +73,7 @@ class Clusters(NamedTuple):
 
 
 def distances(positions: Tensor) -> Tensor:
-    """From every atom to every other; shape: [batch, ATOMS, 3] → [batch, ATOMS, ATOMS - 1]."""
+    """From every atom to every other, in Å; shape: [batch, ATOMS, 3] → [batch, ATOMS, ATOMS - 1]."""
     others = ~torch.eye(ATOMS, dtype=torch.bool, device=positions.device)
     return (positions.unsqueeze(2) - positions.unsqueeze(1))[:, others].view(-1, ATOMS, ATOMS - 1, 3).norm(dim=-1)
 
@@ -86,7 +96,7 @@ def label(positions: Tensor) -> Clusters:
 
 
 def icosahedron() -> Tensor:
-    """The ground state of the cluster, nearly; `[ATOMS, 3]`."""
+    """Nearly the positions of lowest energy, in Å; shape: [ATOMS, 3]."""
     golden = (1 + 5**0.5) / 2
     corners = [(0.0, a, b * golden) for a in (-1, 1) for b in (-1, 1)]
     points = torch.tensor([corner[i:] + corner[:i] for corner in corners for i in range(3)], dtype=torch.float64)
@@ -96,8 +106,7 @@ def icosahedron() -> Tensor:
 def sample(chains: int, per_chain: int, temperature: float, seed: int) -> Clusters:
     """Draws from exp(-E/kT) by Langevin steps that are accepted or refused as in Metropolis' algorithm.
 
-    A configuration is kept of every chain after each 50 steps, from the 500th on. Those of one chain are neighbours in
-    the result.
+    Every chain keeps its configuration after each 50 steps, from the 500th on; they stand together in the result.
     """
     generator, width, kT = torch.Generator().manual_seed(seed), 0.05, BOLTZMANN * temperature
     now = label(icosahedron().repeat(chains, 1, 1))
@@ -143,14 +152,14 @@ class Net(nn.Module):
 
 
 def energy_and_forces(model: nn.Module, positions: Tensor, train: bool = True) -> tuple[Tensor, Tensor]:
-    """What the network says: energies in eV and forces in eV/Å."""
+    """The network's energies in eV and forces in eV/Å; with `train`, the losses of both can be differentiated."""
     positions = positions.detach().requires_grad_()
     energies = model(positions)
     return energies, -torch.autograd.grad(energies.sum(), positions, create_graph=train)[0]
 
 
 def losses_of(model: nn.Module, batch: Clusters, weighter: Weighter, apart: bool) -> dict[str, Tensor]:
-    """Both losses, from one forward or, for a method that compares gradients, `apart` from one each."""
+    """Both losses: from one forward, or `apart` from one each, for a method that compares gradients."""
     if apart:
         with weighter.task("forces"):
             _, forces = energy_and_forces(model, batch.positions)
@@ -178,8 +187,8 @@ def errors_of(model: nn.Module, test: Clusters) -> dict[str, float]:
 
 def train(
     name: str, seed: int, data: Clusters, test: Clusters, accelerator: Accelerator, args: argparse.Namespace
-) -> dict[str, Any]:
-    """Makes one run; returns its errors on the test configurations, final weights, history and time."""
+) -> Run:
+    """Makes one run; returns its errors on the test configurations, final weights, history and processor time."""
     set_seed(seed)
     net = Net(data.energies.mean().item()).to(data.positions.dtype)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
@@ -220,67 +229,66 @@ def train(
     }
 
 
-def compare(runs: list[dict[str, Any]], methods: list[str]) -> str:
+def compare(runs: list[Run]) -> str:
     """The test errors of all methods, as text."""
     lines = [["energy : forces", "energy, meV/atom", "forces, meV/Å", "final ratio", "ms of a processor per step"]]
-    for name in methods:
-        group = [run for run in runs if run["method"] == name]
+    for name, group in by_method(runs).items():
         cells = [mean_and_range([run["errors"][task] for run in group]) for task in TASKS]
         ratio = fmean(run["weights"]["energy"] / run["weights"]["forces"] for run in group)
         lines.append([name, *cells, f"{ratio:.3g}", f"{fmean(run['ms_per_step'] for run in group):.2f}"])
     return table(lines)
 
 
-def draw(runs: list[dict[str, Any]], methods: list[str]) -> "Figure":
+def draw(runs: list[Run]) -> "Figure":
     """Draws the error of the forces against that of the energy; fixed weights are joined by a line."""
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, ax = plt.subplots(figsize=(7, 5), layout="constrained")
     means, looks = {}, zip(COLOURS, itertools.cycle("o^Dv"))
-    for name in methods:
-        points = [tuple(run["errors"].values()) for run in runs if run["method"] == name]
+    for name, group in by_method(runs).items():
+        points = [tuple(run["errors"].values()) for run in group]
         means[name] = tuple(map(fmean, zip(*points, strict=True)))
         colour, marker = ("black", "s") if name in FIXED else next(looks)
         ax.scatter(*zip(*points, strict=True), s=10, color=colour, alpha=0.5, linewidths=0)
-        label = None if name in FIXED else name
-        ax.plot(*means[name], marker, color=colour, fillstyle="full" if name in FIXED else "none", label=label)
         if name in FIXED:
-            ax.annotate(name, means[name], (6, -12), textcoords="offset points", fontsize=8)
+            ax.plot(*means[name], marker, color=colour, markersize=4)
+            ax.annotate(name, means[name], (7, -13), textcoords="offset points", fontsize=8)
+        else:
+            ax.plot(*means[name], marker, color=colour, fillstyle="none", markersize=8, label=name)
     if fixed := [means[name] for name in FIXED if name in means]:
         ax.plot(*zip(*fixed, strict=True), color="black", linewidth=0.8, label="fixed, energy : forces")
-    ax.set(xscale="log", yscale="log", xlabel="energy, meV per atom", ylabel="forces, meV/Å")
+    ax.set(xscale="log", yscale="log", xlabel="error of the energy, meV per atom", ylabel="error of the forces, meV/Å")
     for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
-    ax.set_title("root mean squared errors on test configurations; small: single seeds", fontsize="medium")
-    ax.grid(alpha=0.3, which="both")
-    ax.legend(fontsize="small")
+        axis.set_minor_formatter(NullFormatter())
+    ax.set_title("root mean squared errors on test configurations; small dots: single seeds", fontsize="medium")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize="small", loc="center right")
     return figure
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--methods",
-        type=listed(str, METHODS),
-        default=list(METHODS),
-        metavar="A,B,…",
-        help=f"weighting methods to compare (default: {','.join(METHODS)})",
-    )
-    parser.add_argument(
-        "--seeds",
-        type=listed(int),
-        default=[0, 1, 2],
-        metavar="0,1,…",
-        help="random seeds of the network and the batches (default: 0,1,2)",
-    )
+    add_comparison_arguments(parser, METHODS, seeded="the network and the batches")
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps of a run (default: 600)")
     parser.add_argument(
-        "--batch_size", type=int, default=16, help="configurations per step of all processes together (default: 16)"
+        "--batch_size",
+        type=int,
+        default=16,
+        help="configurations per optimizer step of all processes together (default: 16)",
     )
-    parser.add_argument("--train_size", type=int, default=512, help="configurations for training (default: 512)")
-    parser.add_argument("--temperature", type=float, default=800.0, help="of the atoms, in kelvin (default: 800)")
-    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of Adam (default: 0.003)")
+    parser.add_argument(
+        "--train_size",
+        type=int,
+        default=512,
+        help="configurations for training, and as many for the test; rounded up to a multiple of 64 (default: 512)",
+    )
+    parser.add_argument("--temperature", type=float, default=800.0, help="temperature in kelvin (default: 800)")
+    parser.add_argument(
+        "--lr", type=float, default=3e-3, help="learning rate of Adam, which falls to 0 (default: 0.003)"
+    )
     parser.add_argument(
         "--update_every",
         type=int,
@@ -288,10 +296,7 @@ def parse_args() -> argparse.Namespace:
         help="optimizer steps between two updates of the weights by methods that measure gradients (default: 10)",
     )
     parser.add_argument("--float64", action="store_true", help="compute in double precision")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("runs/forces"), help="folder for results (default: %(default)s)"
-    )
-    parser.add_argument("--cpu", action="store_true", help="train on the CPU even if the machine has accelerators")
+    add_output_arguments(parser, "forces")
     return parser.parse_args()
 
 
@@ -299,10 +304,7 @@ def main() -> None:
     args = parse_args()
     accelerator = Accelerator(cpu=args.cpu)
     check_processes(accelerator)
-    if args.batch_size % accelerator.num_processes:
-        raise SystemExit(
-            f"--batch_size {args.batch_size} cannot be divided among {accelerator.num_processes} processes."
-        )
+    micro_batch_size(args.batch_size, accelerator)  # ends the script if it cannot be divided
     chains, per_chain = 64, -(-args.train_size // 64)
     parts = [sample(chains, per_chain, args.temperature, seed) for seed in (0, 1)]  # for training, and for the test
     dtype = torch.float64 if args.float64 else torch.float32
@@ -312,11 +314,8 @@ def main() -> None:
         f"{1e3 * test.energies.std() / ATOMS:.1f} meV per atom, {1e3 * test.forces.std():.0f} meV/Å"
     )
     runs = [train(name, seed, data, test, accelerator, args) for seed in args.seeds for name in args.methods]
-    accelerator.print(f"After {args.steps} steps, mean over the seeds {args.seeds} (lowest to highest):")
-    accelerator.print(compare(runs, args.methods))
     if accelerator.is_main_process:
-        named = {f"{run['method']}, seed {run['seed']}": run for run in runs}
-        write_results(args.output_dir, "forces", args, named, lambda: draw(runs, args.methods))
+        write_comparison(args.output_dir, "forces", args, runs, compare(runs), lambda: draw(runs))
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

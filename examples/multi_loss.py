@@ -10,8 +10,8 @@ classifier.
 With `--adversarial` a discriminator judges the reconstructions as well. Its losses on real and on reconstructed images
 have a weighter of their own, which does not measure the gradients that the autoencoder gets through it.
 
-Prints a table of all losses on test images, and writes `multi_loss.json`, `multi_loss.png` (weights, losses, norms and
-cosines) and `multi_loss_digits.png` (reconstructions) to `--output_dir`.
+The default takes a minute on two CPU cores. Prints a table of all losses on test images, and writes `multi_loss.json`,
+`multi_loss.png` (weights, losses, norms and cosines) and `multi_loss_digits.png` (reconstructions) to `--output_dir`.
 """
 
 import argparse
@@ -24,7 +24,17 @@ import matplotlib
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration, set_seed, tqdm
-from common import Progress, check_processes, resume, save_checkpoint, table, write_results
+from common import (
+    Progress,
+    add_checkpoint_arguments,
+    add_output_arguments,
+    add_training_arguments,
+    check_processes,
+    resume,
+    save_checkpoint,
+    table,
+    write_results,
+)
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
@@ -166,29 +176,15 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=METHODS, default="balancer", help="weighting method (default: balancer)")
     parser.add_argument("--adversarial", action="store_true", help="add a discriminator, with a weighter of its own")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps (default: 1000)")
-    parser.add_argument("--batch_size", type=int, default=32, help="images per micro-batch and process (default: 32)")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step (default: 1)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW (default: 0.002)")
+    add_training_arguments(parser, samples="images", steps=1000, batch_size=32, lr=2e-3)
     parser.add_argument(
         "--seed", type=int, default=0, help="random seed of the models and the order of samples (default: 0)"
     )
     parser.add_argument(
         "--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="precision (default: no)"
     )
-    parser.add_argument(
-        "--checkpoint_dir", type=Path, help="folder in which the latest checkpoint is kept (default: none is saved)"
-    )
-    parser.add_argument(
-        "--save_every", type=int, default=200, help="optimizer steps between two checkpoints (default: 200)"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from the checkpoint in --checkpoint_dir, if there is one"
-    )
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("runs/multi_loss"), help="folder for results (default: %(default)s)"
-    )
-    parser.add_argument("--cpu", action="store_true", help="train on the CPU even if the machine has accelerators")
+    add_checkpoint_arguments(parser)
+    add_output_arguments(parser, "multi_loss")
     args = parser.parse_args()
     if args.resume and not args.checkpoint_dir:
         parser.error("--resume needs --checkpoint_dir")

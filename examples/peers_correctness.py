@@ -6,9 +6,9 @@ documentation says.
 
     python examples/peers_correctness.py
 
-It starts its processes itself. gradnorm-pytorch and rotograd are in the extra `benchmark`; if one is missing, its rows
-say so. CoV-weighting's authors have no package, so their formula is applied in every process to the losses of that
-process, as their training script would do.
+It starts its processes itself, and takes a minute. gradnorm-pytorch and rotograd are in the extra `benchmark`; if one
+is missing, its rows say so. CoV-weighting's authors have no package, so their formula is applied in every process to
+the losses of that process, as their training script would do.
 """
 
 import argparse

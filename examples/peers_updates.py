@@ -7,8 +7,10 @@ The losses are `L_k = g_k · θ + c_k`, so every gradient is known. LibMTL's `ba
 so does a `Weighter` with `lag=0`; neither sees anything of the other. For every class that the installed version of
 LibMTL has, a line says how far the directions are apart (1 − cosine) and how long LibMTL's update is, × ours. Ends with
 an error where a direction is farther apart than LibMTL's own solver allows, or a length is not the documented one.
+Takes some seconds.
 """
 
+import argparse
 import importlib
 import importlib.util
 import random
@@ -160,6 +162,7 @@ def weightings() -> Any:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     libmtl = weightings()
     torch.set_default_dtype(torch.float64)
     lines, wrong = [["LibMTL", "here", "1 − cosine, at most", "its length, × ours", ""]], 0

@@ -8,13 +8,14 @@ are two losses, each on points of its own:
 - "boundary": the square of u on the four sides.
 
 Every loss has a forward of its own, and they share nothing but the parameters. `weighter.task(name)` around a forward
-tells the weighter whose it is, and the gradients are measured at the weight named in `shared_parameters`, in the one
-backward of the step.
+tells the weighter which loss it is for, and the gradients are measured at the weight named in `shared_parameters`, in
+the one backward of the step.
 
     accelerate launch --config_file launch_configs/cpu_2.yaml examples/pinn.py --cpu
 
-The points of a step are the same however many processes they are divided among. Prints the error against the solution,
-and writes `pinn.json` and `pinn.png` to `--output_dir`.
+The points of a step are the same however many processes they are divided among. Trains once by every method with every
+seed, which takes two to three minutes on one CPU core. Prints the error against the solution, and writes `pinn.json`
+and `pinn.png` to `--output_dir`. `--price` measures the time of a step instead.
 """
 
 import argparse
@@ -22,14 +23,25 @@ import itertools
 import math
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from statistics import fmean, geometric_mean, median, quantiles
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
-from common import check_processes, listed, mean_and_range, table, thinned, write_results
+from common import (
+    Run,
+    add_comparison_arguments,
+    add_output_arguments,
+    by_method,
+    check_processes,
+    mean_and_range,
+    micro_batch_size,
+    plot_range,
+    table,
+    thinned,
+    write_comparison,
+)
 from torch import Tensor, nn
 
 from accel_weighting import EqualWeighting, GradNorm, ReferenceNorm, ReLoBRaLo, StaticWeighting, Weighter
@@ -84,7 +96,7 @@ def residual(model: nn.Module, points: Tensor, waves: int) -> Tensor:
 
 
 def draw_points(number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """So many points inside, and as many on the four sides in turn; float64."""
+    """A number of points inside, and as many on the four sides in turn; in float64, each of shape [number, 2]."""
     inside, boundary = 2 * torch.rand(2, number, 2, generator=generator, dtype=torch.float64) - 1
     index = torch.arange(number)
     boundary[index, index % 2] = (1 - 2 * (index // 2 % 2)).to(boundary)
@@ -154,8 +166,8 @@ class Training:
         self.optimizer.zero_grad()
 
 
-def train(name: str, seed: int, accelerator: Accelerator, args: argparse.Namespace) -> dict[str, Any]:
-    """Makes one run; returns its errors over the steps, final weights, history and time."""
+def train(name: str, seed: int, accelerator: Accelerator, args: argparse.Namespace) -> Run:
+    """Makes one run; returns its errors over the steps, final weights, history and processor time."""
     training = Training(name, seed, accelerator, args, args.update_every)
     weighter, every, seconds = training.weighter, max(1, args.steps // 50), 0.0
     errors = [(0, error_of(training.net, args.waves))]
@@ -169,6 +181,7 @@ def train(name: str, seed: int, accelerator: Accelerator, args: argparse.Namespa
             bar.set_postfix_str(f"error {errors[-1][1]:.3f}", refresh=False)
         bar.update()
     bar.close()
+    limited = weighter.log_values().get("weighting/limited_steps", 0.0)  # updates in which `max_growth` acted
     weighter.detach()
     accelerator.free_memory()
     return {
@@ -177,16 +190,17 @@ def train(name: str, seed: int, accelerator: Accelerator, args: argparse.Namespa
         "processes": accelerator.num_processes,
         "errors": errors,
         "weights": weighter.weights,
+        "limited_steps": limited,
         "ms_per_step": 1e3 * seconds / args.steps,
         "history": thinned(weighter.history),
     }
 
 
 def price(accelerator: Accelerator, args: argparse.Namespace) -> str:
-    """Processor time of a step, as text.
+    """Processor time of a step, as text: medians over rounds, and for the ratio also its quartiles.
 
-    Blocks of `--update_every` steps are measured in turn, so that whatever else the machine does meets all alike, and
-    compared with the block of the plain loop in the same round.
+    A round has a block of `--update_every` steps of every variant, so that other work on the machine slows all of them
+    alike. Each block is compared with that of the plain loop in the same round.
     """
     variants = {
         "no weighter": (None, 1),
@@ -204,73 +218,61 @@ def price(accelerator: Accelerator, args: argparse.Namespace) -> str:
             times[label].append(1e3 * (time.process_time() - start) / args.update_every)
     lines = [["", "ms of a processor per step", "× no weighter"]]
     for label, measured in times.items():
-        del measured[0]  # to warm up
+        del measured[0]  # the first round warms up
         ratios = [a / b for a, b in zip(measured, times["no weighter"], strict=True)]
         low, mid, high = quantiles(ratios, n=4)
         lines.append([label, f"{median(measured):.2f}", f"{mid:.3f} [{low:.3f}, {high:.3f}]"])
     return table(lines)
 
 
-def compare(runs: list[dict[str, Any]], methods: list[str]) -> str:
+def compare(runs: list[Run]) -> str:
     """The errors of all methods at the end, as text."""
     lines = [["method", "relative error", "boundary : residual", "ms of a processor per step"]]
-    for name in methods:
-        group = [run for run in runs if run["method"] == name]
+    for name, group in by_method(runs).items():
         ratio = geometric_mean([run["weights"]["boundary"] / run["weights"]["residual"] for run in group])
         cost = fmean(run["ms_per_step"] for run in group)
         lines.append([name, mean_and_range([run["errors"][-1][1] for run in group]), f"{ratio:.3g}", f"{cost:.2f}"])
     return table(lines)
 
 
-def draw(runs: list[dict[str, Any]], methods: list[str]) -> "Figure":
+def draw(runs: list[Run]) -> "Figure":
     """Draws errors (the mean over seeds, and their range) and the ratio of the two weights over the steps."""
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name, colour in zip(methods, itertools.cycle(COLOURS)):
-        group = [run for run in runs if run["method"] == name]
-        steps = [step for step, _ in group[0]["errors"]]
-        errors = list(zip(*([error for _, error in run["errors"]] for run in group), strict=True))
-        left.plot(steps, list(map(fmean, errors)), color=colour, label=name)
-        left.fill_between(steps, list(map(min, errors)), list(map(max, errors)), color=colour, alpha=0.15)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    for (name, group), colour in zip(by_method(runs).items(), itertools.cycle(COLOURS)):
+        fixed = isinstance(METHODS[name], EqualWeighting | StaticWeighting)
+        look = {"color": colour, "linestyle": "--" if fixed else "-", "zorder": 3 if fixed else 2}
+        plot_range(left, [run["errors"] for run in group], label=name, **look)
         for run in group:
             at, seen = zip(*run["history"], strict=True)
-            right.plot(at, [v["weight/boundary"] / v["weight/residual"] for v in seen], color=colour, linewidth=0.9)
-    left.set_title("relative error against the solution", fontsize="medium")
-    right.set_title("weight of the boundary / weight of the residual", fontsize="medium")
+            right.plot(at, [v["weight/boundary"] / v["weight/residual"] for v in seen], linewidth=0.9, **look)
+    left.set_title("mean and range over the seeds; dashed: fixed weights", fontsize="medium")
+    left.set_ylabel("relative error against the solution")
+    right.set_title("one line for each seed", fontsize="medium")
+    right.set_ylabel("weight of the boundary / weight of the residual")
     for ax in (left, right):
         ax.set_yscale("log")
         ax.set_xlabel("optimizer step")
         ax.grid(alpha=0.3)
-    left.legend(fontsize="small")
+    left.legend(fontsize="small", loc="upper right", ncols=2)
     return figure
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--methods",
-        type=listed(str, METHODS),
-        default=list(METHODS),
-        metavar="A,B,…",
-        help=f"weighting methods to compare (default: {','.join(METHODS)})",
-    )
-    parser.add_argument(
-        "--seeds",
-        type=listed(int),
-        default=[0, 1, 2],
-        metavar="0,1,…",
-        help="random seeds of the network and the points (default: 0,1,2)",
-    )
+    add_comparison_arguments(parser, METHODS, seeded="the network and the points")
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of a run (default: 1000)")
     parser.add_argument(
         "--points",
         type=int,
         default=128,
-        help="points inside, and on the boundary, of a step of all processes together (default: 128)",
+        help="points inside, and points on the boundary, per optimizer step of all processes together (default: 128)",
     )
-    parser.add_argument("--waves", type=int, default=2, help="waves of the solution in y (default: 2)")
-    parser.add_argument("--lr", type=float, default=5e-3, help="learning rate of Adam (default: 0.005)")
+    parser.add_argument("--waves", type=int, default=2, help="the solution is sin(πx) sin(waves πy) (default: 2)")
+    parser.add_argument(
+        "--lr", type=float, default=5e-3, help="learning rate of Adam, which falls to 0 (default: 0.005)"
+    )
     parser.add_argument(
         "--update_every",
         type=int,
@@ -278,36 +280,24 @@ def parse_args() -> argparse.Namespace:
         help="optimizer steps between two updates of the weights by methods that measure gradients (default: 10)",
     )
     parser.add_argument(
-        "--price", type=int, metavar="ROUNDS", help="measure the time of a step in so many rounds, and train nothing"
+        "--price", type=int, metavar="ROUNDS", help="measure the time of a step in this many rounds, and train nothing"
     )
     parser.add_argument("--float64", action="store_true", help="compute in double precision")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("runs/pinn"), help="folder for results (default: %(default)s)"
-    )
-    parser.add_argument("--cpu", action="store_true", help="train on the CPU even if the machine has accelerators")
+    add_output_arguments(parser, "pinn")
     return parser.parse_args()
-
-
-def comparison(accelerator: Accelerator, args: argparse.Namespace) -> None:
-    """All runs, their table and their picture."""
-    runs = [train(name, seed, accelerator, args) for seed in args.seeds for name in args.methods]
-    accelerator.print(f"After {args.steps} steps, mean over the seeds {args.seeds} (lowest to highest):")
-    accelerator.print(compare(runs, args.methods))
-    if accelerator.is_main_process:
-        named = {f"{run['method']}, seed {run['seed']}": run for run in runs}
-        write_results(args.output_dir, "pinn", args, named, lambda: draw(runs, args.methods))
 
 
 def main() -> None:
     args = parse_args()
     accelerator = Accelerator(cpu=args.cpu)
     check_processes(accelerator)
-    if args.points % accelerator.num_processes:
-        raise SystemExit(f"--points {args.points} cannot be divided among {accelerator.num_processes} processes.")
+    micro_batch_size(args.points, accelerator, option="--points")  # ends the script if they cannot be divided
     if args.price:
         accelerator.print(price(accelerator, args))
     else:
-        comparison(accelerator, args)
+        runs = [train(name, seed, accelerator, args) for seed in args.seeds for name in args.methods]
+        if accelerator.is_main_process:
+            write_comparison(args.output_dir, "pinn", args, runs, compare(runs), lambda: draw(runs))
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -1,4 +1,4 @@
-"""Two losses that TRL's DPO trainer sums inside, weighed: a small language model learns to add.
+"""Two losses that TRL's DPO trainer adds up itself, weighed: a small language model learns to add.
 
     accelerate launch --config_file launch_configs/cpu_2.yaml examples/preferences.py --cpu
 
@@ -6,22 +6,22 @@ DPO takes several losses in `loss_type` and fixed numbers for them in `loss_weig
 method's weights in their place. Here `sigmoid` prefers the right answer to a wrong one, measured against a reference
 model, and `sft` imitates the right answer. Everything else is TRL's: its metrics, logs and checkpoints stay.
 
-The model is a small random Llama, and its tokenizer knows a few words, so that nothing is downloaded. `--compare`
-trains once with each of several methods, from the same seed. `static` is what `loss_weights=[1.0, 1.0]` does without
-this library.
+The model is a small Llama with random weights, and its tokenizer knows a few words, so that nothing is downloaded.
+`--compare` trains once with each of several methods, from the same seed. `static` is what `loss_weights=[1.0, 1.0]`
+does without this library.
 
-Prints a table of how many sums the model answers rightly, how often it prefers the right answer, and the last weights,
-and writes `preferences.json` and `preferences.png` (weights and losses) to `--output_dir`.
+The default takes a minute on two CPU cores. Prints a table of the share of sums that the model answers rightly, how
+often it prefers the right answer, and the final weights, and writes `preferences.json` and `preferences.png` (weights
+and losses) to `--output_dir`.
 """
 
 import argparse
 import copy
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import check_processes, table, write_results
+from common import add_output_arguments, add_training_arguments, check_processes, listed, table, write_results
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
@@ -34,7 +34,7 @@ from accel_weighting.integrations.trl import WeightedDPOTrainer
 LOSSES = ["sigmoid", "sft"]
 NUMBERS = 20
 
-# To try another method, add a row. Methods that need gradients cannot be used: the losses are known after the backward.
+# To try another method, add a row. Methods that need gradients cannot be used: TRL adds the losses up by itself.
 METHODS = {
     "static": StaticWeighting({"sigmoid": 1.0, "sft": 1.0}),
     "cov": CoVWeighting(total="tasks"),
@@ -46,18 +46,26 @@ METHODS = {
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=METHODS, default="cov", help="weighting method (default: cov)")
-    parser.add_argument("--compare", help="several methods, separated by commas, one run for each")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps (default: 200)")
-    parser.add_argument("--batch_size", type=int, default=32, help="pairs per micro-batch and process (default: 32)")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step (default: 1)")
-    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of AdamW (default: 0.003)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the model and the data (default: 0)")
-    parser.add_argument("--save_every", type=int, default=100, help="steps between checkpoints (default: 100)")
-    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoints, if any")
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("runs/preferences"), help="folder for results (default: %(default)s)"
+        "--compare",
+        type=listed(str, METHODS),
+        metavar="A,B,…",
+        help="train several methods one after the other, from the same seed with the same budget, instead of --method",
     )
-    parser.add_argument("--cpu", action="store_true", help="train on the CPU even if the machine has accelerators")
+    add_training_arguments(parser, samples="pairs", steps=200, batch_size=32, lr=3e-3)
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="random seed of the model, the wrong answers and the order of samples (default: 0)",
+    )
+    parser.add_argument(
+        "--save_every", type=int, default=100, help="optimizer steps between two checkpoints (default: 100)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the last checkpoints in --output_dir, if there are any"
+    )
+    add_output_arguments(parser, "preferences")
     return parser.parse_args()
 
 
@@ -87,7 +95,7 @@ def make_model(words: int) -> LlamaForCausalLM:
 
 
 def make_pairs(seed: int) -> tuple[Dataset, Dataset]:
-    """All sums of two numbers, each with its answer and a wrong one near by; a fifth of them for the test."""
+    """All sums of two numbers below `NUMBERS`, each with the answer and a wrong one near it; a fifth for the test."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for a in range(NUMBERS):
@@ -103,7 +111,7 @@ def make_pairs(seed: int) -> tuple[Dataset, Dataset]:
 
 @torch.no_grad()
 def share_of_right_answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: Dataset) -> float:
-    """How many sums have their answer as the likeliest next token."""
+    """The share of sums whose answer is the likeliest next token."""
     model.eval()
     prompts = tokenizer(list(pairs["prompt"]), padding=True, return_tensors="pt", return_token_type_ids=False)
     likeliest = model(**prompts.to(model.device)).logits[:, -1].argmax(-1)
@@ -112,7 +120,7 @@ def share_of_right_answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokeniz
 
 
 def train(args: argparse.Namespace, method: str) -> tuple[dict[str, Any], WeightedDPOTrainer]:
-    """One run; what it came to."""
+    """Makes one run; returns its metrics, final weights and history, and the trainer."""
     folder = args.output_dir / method
     set_seed(args.seed)
     tokenizer, (train_set, test_set) = make_tokenizer(), make_pairs(args.seed)
@@ -124,7 +132,7 @@ def train(args: argparse.Namespace, method: str) -> tuple[dict[str, Any], Weight
             str(folder),
             loss_type=LOSSES,
             use_cpu=args.cpu,
-            bf16=False,
+            bf16=False,  # this and the next are on by default, for large models
             activation_checkpointing=False,
             ddp_find_unused_parameters=False,
             per_device_train_batch_size=args.batch_size,
@@ -163,9 +171,8 @@ def train(args: argparse.Namespace, method: str) -> tuple[dict[str, Any], Weight
 def main() -> None:
     args = parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    names = args.compare.split(",") if args.compare else [args.method]
     runs = {}
-    for name in names:
+    for name in args.compare or [args.method]:
         runs[name], trainer = train(args, name)
     accelerator = trainer.accelerator
     rows = [["method", "sums that are right", "right answer preferred", *(f"weight of {loss}" for loss in LOSSES)]]

@@ -1,6 +1,7 @@
 """The examples' documented commands, really launched on two processes, with tiny budgets."""
 
 import importlib.util
+import inspect
 import json
 import re
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 
 from tests.launch.launching import ON_TWO_PROCESSES, ROOT, run_to_end
+from tests.methods.catalogue import CATALOGUE
 
 
 def train(script, folder, *options, processes=2):
@@ -277,13 +279,13 @@ def test_finetune_domains_on_two_processes_is_two_micro_batches_on_one(tmp_path)
     assert re.search(r"^gradnorm +\d\.\d+ \(\d\.\d+ to \d\.\d+\) +\d", output, re.MULTILINE), output
 
 
-SCRIPTS = ["autoencoder_gan", "finetune_text", "finetune_trainer", "finetune_embeddings", "multi_loss"]
+SCRIPTS = ["autoencoder_gan", "finetune_text", "finetune_trainer", "finetune_embeddings", "multi_loss", "preferences"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_the_command_and_the_defaults(script):
-    if script == "finetune_embeddings":
-        pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    if library := {"finetune_embeddings": "sentence_transformers", "preferences": "trl"}.get(script):
+        pytest.importorskip(library, reason=f"{library} is not installed")
     code, output = run_to_end(sys.executable, f"examples/{script}.py", "--help", COLUMNS="120")
     assert code == 0, output
     assert f"accelerate launch --config_file launch_configs/cpu_2.yaml examples/{script}.py --cpu" in output
@@ -301,6 +303,17 @@ def test_help_of_a_comparison_shows_the_command_the_methods_and_the_defaults(scr
     assert {"equal", "1:1"} & set(methods) and "gradnorm" in methods
     code, output = run_to_end(sys.executable, f"examples/{script}.py", "--methods", "gradnorm,gradnrom")
     assert code == 2 and "unknown ['gradnrom']" in output
+
+
+def test_the_costs_have_a_row_for_every_method():
+    """In the script's table and in the README's, but for wrappers and the adapter to TorchJD."""
+    methods = {type(row.build(["a", "b"])) for row in CATALOGUE}
+    own = {kind.__name__ for kind in methods if "method" not in inspect.signature(kind).parameters}
+    own.discard("TorchJDWeighting")
+    row = re.compile(r"^\| `(\w+)` \| \d+ \| \d+ \|$", re.MULTILINE)
+    code, output = run_to_end(sys.executable, "examples/method_costs.py")
+    assert code == 0, output
+    assert set(row.findall(output)) == set(row.findall((ROOT / "examples" / "README.md").read_text())) == own
 
 
 def test_the_sentences_are_what_their_script_makes(tmp_path):

@@ -72,6 +72,13 @@ def test_held_steps_are_marked_and_said(weighter):
     matplotlib.pyplot.close(figure)
 
 
+def test_titles_say_over_how_many_steps_values_are_means():
+    history = [(step, {"weight/a": 1.0, "loss/a": 2.0}) for step in range(100)]
+    figure = plot_runs({"one": history})
+    assert [ax.get_title() for ax in figure.axes] == ["weight", "loss, means over 2 steps"]
+    matplotlib.pyplot.close(figure)
+
+
 def test_smoothing_keeps_the_mean_and_the_order_of_names():
     history = [(step, {"loss/b": float(step), "loss/a": 2.0}) for step in range(100)]
     smoothed = smooth(history)

@@ -190,7 +190,7 @@ def test_every_command_exists(page: str, command: str) -> None:
         at = next((i for i, word in enumerate(words) if word.endswith(".py")), len(words))
         script = ROOT / words[at] if at < len(words) else ROOT
     if script.is_file():
-        shared = [path for path in (script.parent / "check.py", script.parent / "text_data.py") if path.exists()]
+        shared = [path for name in ("check", "common", "text_data") if (path := script.parent / f"{name}.py").exists()]
         known = set().union(*(options(path.read_text()) for path in (script, *shared)))
         given = [word.partition("=")[0] for word in words[at + 1 :] if word.startswith("--")]
         assert not [option for option in given if option not in known]
