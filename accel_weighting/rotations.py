@@ -7,7 +7,7 @@ reads it, is seen by running the head on random numbers; until that is clear for
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import measure
-from .optimizers import OptimizerWatch
 from .state import WeighterState
 from .statistics import State
 from .window import Layout
@@ -61,24 +60,24 @@ class Rotations:
         method: The rotating method.
         steps: Where the weighter's state is, with the last window taken in.
         layout: The wire format, which learns how many moments there are.
-        passes: Tells a pass that leaves no trace, as a closure's second, which has the rotations of the one before.
+        repeats: Whether a pass leaves no trace, as a closure's second, which has the rotations of the one before.
 
     Attributes:
         shape: Of z in the last forward; None before the first.
         folded: Whether the rotations are in the heads now.
     """
 
-    def __init__(self, method: RotatingMethod, steps: HasState, layout: Layout, passes: OptimizerWatch) -> None:
+    def __init__(self, method: RotatingMethod, steps: HasState, layout: Layout, repeats: Callable[[], bool]) -> None:
         self.dim, self.size, self.cooperative = method.dim, method.size, method.cooperative
         self.shape: tuple[int, ...] | None = None
         self.folded = False
-        self._method, self._steps, self._layout, self._passes = method, steps, layout, passes
+        self._method, self._steps, self._layout, self._repeats = method, steps, layout, repeats
 
     @torch.inference_mode(False)  # what is kept from here must be of use in training
     def matrices(self, z: Tensor) -> Tensor:
         """``[K, m, m]`` where ``z`` is: float64 for a float64 model, else float32."""
         state = self._steps.settled
-        if state.applied_rotations is not None and self._passes.next_repeats:
+        if state.applied_rotations is not None and self._repeats():
             return state.applied_rotations
         R, width = state.rotations, z.shape[self.dim]
         if R is None or self.shape is None or self.shape[self.dim] != width:

@@ -146,8 +146,10 @@ class Weighter(Carrying, Sharing, Readings):
         measured = self._measured(parameters is not None)
         self._verdict = Verdict(method, self.tasks, _Facts(me, layout), processes, self._bounds.smallest, measured)
         self._steps = Steps(method, self._progress, layout, processes, self._verdict, self._bounds, self.lag)
-        watch = self._optimizers = OptimizerWatch()
-        self._rotations = Rotations(checks.rotating(method), self._steps, layout, watch) if rotates else None
+        self._optimizers = watch = OptimizerWatch()
+        self._rotations = None
+        if rotates:
+            self._rotations = Rotations(checks.rotating(method), self._steps, layout, lambda: watch.next_repeats)
         self._branch = Branch(
             self.tasks,
             found,
