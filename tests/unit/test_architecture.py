@@ -42,7 +42,7 @@ MAY = {
     "state": {"checkpoint", "growth", "history", "statistics"},
     "processes": {"checks", "errors", "window"},
     "verdict": {"errors", "processes", "state", "statistics", "window"},
-    "rotations": {"measure", "optimizers", "state", "statistics", "window"},
+    "rotations": {"measure", "state", "statistics", "window"},
     "join": {"measure", "rotations"},
     "walk": {"aliases", "join", "rows"},
     "audit": {"errors", "measure", "walk"},
