@@ -237,9 +237,11 @@ def _touched(loss: Tensor, edges: Mapping[int, Sequence[Any]]) -> list[int]:
 def _unretained(tensors: Sequence[Tensor]) -> Iterator[None]:
     """What ``retain_grad`` keeps of these tensors is that of the one backward alone."""
     kept = [(x, x.grad) for x in tensors if x.retains_grad]
-    yield
-    for x, grad in kept:
-        x.grad = grad
+    try:
+        yield
+    finally:
+        for x, grad in kept:
+            x.grad = grad
 
 
 def _owners(loss: Tensor, walk: Walk, tasks: int) -> list[int]:
