@@ -156,9 +156,13 @@ def solve_present(
 
 
 def with_gradients(statistics: Statistics) -> Mask:
-    """Which tasks have a row in the Gram matrix that says something: present, with a gradient that is not 0."""
+    """Which tasks have a row in the Gram matrix that says something: present, with a gradient that is not 0.
+
+    One whose square is below 1e-300 of the largest is 0 too: quotients of the two overflow.
+    """
     assert statistics.gram is not None
-    pulling: Mask = statistics.present & (statistics.gram.diagonal() > 0)
+    squares = statistics.gram.diagonal()
+    pulling: Mask = statistics.present & (squares > 1e-300 * max(squares.max(), 0.0))
     return pulling
 
 

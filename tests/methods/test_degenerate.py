@@ -14,14 +14,18 @@ from accel_weighting import (
     AlignedMTL,
     CAGrad,
     ConFIG,
+    DualProj,
+    FairGrad,
     GradientBalancer,
     GradNorm,
+    GradVac,
     NashMTL,
     PCGrad,
     RotoGrad,
     RotoGradNorm,
     Statistics,
     TorchJDWeighting,
+    UPGrad,
 )
 
 SIZES = [1, 2, 3, 4, 5, 6, 7, 8, 64]
@@ -151,3 +155,18 @@ def test_torchjds_answers_pass_through(weighting, K):
     for case, statistics in CASES[K][::7]:
         w, _ = method.update(state, statistics)
         assert np.isfinite(w).all(), case
+
+
+BESIDE = [method for method in METHODS if "moments" not in method.needs]
+
+
+@pytest.mark.parametrize("method", [*BESIDE, UPGrad(), DualProj(), FairGrad(), GradVac()], ids=repr)
+def test_a_gradient_whose_square_vanishes_beside_the_others(method) -> None:
+    """Quotients of squared norms overflow there."""
+    random = np.random.default_rng(0)
+    for exponent in range(-200, -100, 3):
+        J = random.normal(size=(3, 5)) * np.array([[1.0], [10.0**exponent], [1e3]])
+        _, state = method.init(["a", "b", "c"])
+        M = J @ J.T
+        seen = Statistics(np.ones(3), np.ones(3, bool), np.sqrt(M.diagonal()), M)
+        assert np.isfinite(method.update(state, seen)[0]).all(), exponent
