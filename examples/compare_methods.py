@@ -9,10 +9,10 @@ mean of the tasks' errors with the first seed (or the first `--choosing` seeds).
 chosen, and all of them are evaluated on the test set. Static weights, a grid over two tasks written with knowledge of
 the gradients, have four candidates.
 
-The digits take three quarters of an hour of processor time and the text one; `--workers` runs share it. Every finished run
-is a line of `runs.jsonl` in `--output_dir`; after an interruption the same command continues. Prints a table and writes
-it to `table.txt`, and draws `compare_<problem>.png`. `--summary` prints what `weighter.summary()` says after one run
-with equal weights, and nothing else.
+The digits take three quarters of an hour of processor time and the text one quarter; `--workers` runs share it. Every
+finished run is a line of `runs.jsonl` in `--output_dir`; after an interruption the same command continues. Prints a
+table and writes it to `table.txt`, and draws `compare_<problem>.png`. `--summary` prints what `weighter.summary()` says
+after one run with equal weights, and nothing else.
 """
 
 import argparse
