@@ -7,6 +7,7 @@ in an earlier case of the same test.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, defaultdict
 from math import inf
 from pathlib import Path
@@ -157,6 +158,15 @@ PARTS = pytest.StashKey[tuple[list[str], list[str]]]()
 
 EVERY_CASE = ("distributed/test_negative_controls.py",)
 """Files of which the short run takes every case."""
+
+
+@pytest.fixture(autouse=True)
+def forget_the_accelerators_of_other_tests(request: pytest.FixtureRequest) -> None:
+    """A weighter without one speaks of an `Accelerator` in its process, and which tests ran before is chance."""
+    if "caplog" in request.fixturenames and "accelerate.state" in sys.modules:
+        from tests.ranks import forget_accelerators
+
+        forget_accelerators()
 
 
 def name_of(item: pytest.Item) -> tuple[str, str]:
