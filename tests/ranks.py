@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import functools
+import logging
 import math
 import multiprocessing
 import multiprocessing.context
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -283,6 +284,19 @@ def accelerator_for(
         accelerator.scaler = scaler("cpu", init_scale=loss_scale)
         accelerator.native_amp = True
     return accelerator
+
+
+@contextlib.contextmanager
+def warnings_said() -> Iterator[list[str]]:
+    """What the library logs meanwhile."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("accel_weighting").addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logging.getLogger("accel_weighting").removeHandler(handler)
 
 
 def forget_accelerators() -> None:

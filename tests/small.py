@@ -6,6 +6,7 @@ a weighter on it with backwards of their own. Whole runs of it under engines and
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -199,3 +200,10 @@ def fake_accelerator(sync: bool = True, **changes: Any) -> Any:
         "backward": lambda total, **kwargs: total.backward(**kwargs),
     }
     return SimpleNamespace(**given | changes)
+
+
+def most_bytes(profiler: Any) -> int:
+    """The most bytes that were held at once during a profile of memory."""
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return max(itertools.accumulate(e.nbytes() for e in events))

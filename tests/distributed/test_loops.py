@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,7 +28,7 @@ from accel_weighting import (
     Weighter,
 )
 from tests.distributed.setups import F64, GRADNORM, NAMES, Setup, build, error_of, rank
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, warnings_said
 from tests.small import batch, net, task_losses
 
 STEPS = 6
@@ -220,19 +218,6 @@ def extra_of_the_global_batch() -> tuple[float, bool, float]:
     bad = (torch.nan if rank() else 1.0) * setup.inner.embed.weight.sum()
     setup.weighter.backward(setup.losses(1), extra={"balance": bad})
     return mean, setup.weighter.weights == before, setup.weighter.log_values()["weighting/skipped_steps"]
-
-
-@contextlib.contextmanager
-def warnings_said() -> Iterator[list[str]]:
-    """What the library logs meanwhile."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("accel_weighting").addHandler(handler)
-    try:
-        yield messages
-    finally:
-        logging.getLogger("accel_weighting").removeHandler(handler)
 
 
 def quiet_loops() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from accel_weighting import MGDA, GradNorm, Weighter
-from tests.ranks import accelerator_for, run_ranks
+from tests.ranks import accelerator_for, run_ranks, warnings_said
 from tests.shapes import SHAPES, Model, largest_error, losses_of
 
 
@@ -138,15 +137,12 @@ def left_out_everywhere(engine: str) -> list[str]:
     model, optimizer = accelerator.prepare(net := Outputs(), torch.optim.SGD(net.parameters(), 0.1))
     heads = {task: f"heads.{task}" for task in "ab"}
     weighter = Weighter(GradNorm(), ["a", "b"], heads=heads, model=model, accelerator=accelerator)
-    messages: list[str] = []
-    logger, handler = logging.getLogger("accel_weighting"), logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    for step in range(4):
-        out = model(torch.ones(2, 4))
-        weighter.backward({task: out[task].square().mean() for task in ("ab" if step % 2 == 0 else "a")})
-        optimizer.step()
-        optimizer.zero_grad()
+    with warnings_said() as messages:
+        for step in range(4):
+            out = model(torch.ones(2, 4))
+            weighter.backward({task: out[task].square().mean() for task in ("ab" if step % 2 == 0 else "a")})
+            optimizer.step()
+            optimizer.zero_grad()
     return messages
 
 
@@ -166,15 +162,12 @@ def forgotten_model(prepared: bool) -> list[str]:
     optimizer = accelerator.prepare(torch.optim.SGD(net.parameters(), 0.1))
     heads = {task: f"heads.{task}" for task in "ab"}
     weighter = Weighter(GradNorm(), ["a", "b"], heads=heads, model=model, accelerator=accelerator)
-    messages: list[str] = []
-    logger, handler = logging.getLogger("accel_weighting"), logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    for _ in range(2):
-        out = model(torch.ones(2, 4) + accelerator.process_index)
-        weighter.backward({task: out[task].square().mean() for task in "ab"})
-        optimizer.step()
-        optimizer.zero_grad()
+    with warnings_said() as messages:
+        for _ in range(2):
+            out = model(torch.ones(2, 4) + accelerator.process_index)
+            weighter.backward({task: out[task].square().mean() for task in "ab"})
+            optimizer.step()
+            optimizer.zero_grad()
     return messages
 
 

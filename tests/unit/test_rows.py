@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from accel_weighting import IMTLG, MGDA, CoVWeighting, GradNorm, Method, RotoGrad, Weighter, measure
-from tests.small import assert_close
+from tests.small import assert_close, most_bytes
 
 TASKS = ["news", "code", "law"]
 OWNERS = torch.tensor([0, 1, 2, 2, -1, 1, 0, 2])
@@ -580,9 +579,7 @@ def peak(method: Method | None, words: int, at_layer: bool = False) -> int:
                 sum(losses.values()).backward()  # type: ignore[union-attr]
             optimizer.step()
             optimizer.zero_grad()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
-    return max(itertools.accumulate(e.nbytes() for e in events))
+    return most_bytes(profiler)
 
 
 @pytest.mark.parametrize(

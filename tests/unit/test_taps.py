@@ -6,7 +6,6 @@ Against the join, and backwards by hand; and the memory, each case in a process 
 from __future__ import annotations
 
 import gc
-import itertools
 import subprocess
 import sys
 import weakref
@@ -19,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from accel_weighting import IMTLG, CoVWeighting, GradNorm, Method, Weighter
-from tests.small import assert_close
+from tests.small import assert_close, most_bytes
 
 TASKS = ["a", "b", "c"]
 EXACT = {"rtol": 1e-12, "atol": 1e-16}
@@ -245,9 +244,7 @@ def peak(method: Method | None, K: int, kind: str) -> int:
                 sum(losses.values()).backward()  # type: ignore[union-attr]
             optimizer.step()
             optimizer.zero_grad()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
-    return max(itertools.accumulate(e.nbytes() for e in events))
+    return most_bytes(profiler)
 
 
 @pytest.mark.parametrize("kind", ["tokens", "maps"])
