@@ -36,7 +36,14 @@ MANY = 200
 
 def _exporting() -> bool:
     """Whether ``torch.export`` is running; torch before 2.7 does not tell."""
-    return torch.compiler.is_compiling() and getattr(torch.compiler, "is_exporting", lambda: False)()
+    return torch.compiler.is_compiling() and _export_runs()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _export_runs() -> bool:
+    """Asked while a trace is made, as plain Python: a trace of torch 2.11 would answer yes, whatever it is made for."""
+    exporting: bool = getattr(torch.compiler, "is_exporting", lambda: False)()
+    return exporting
 
 
 def _in_transform() -> bool:

@@ -55,7 +55,7 @@ def test_every_python_that_is_named_is_tried_by_the_workflows() -> None:
     everything, versions = jobs["all"]["steps"], jobs["versions"]["strategy"]["matrix"]["include"]
     tried = [step["with"]["python-version"] for step in everything if "python" in step.get("uses", "")]
     tried += [row["python"] for row in versions]
-    assert sorted(tried) == sorted(named) and len(named) == 4
+    assert set(tried) == set(named) and len(named) == 4
     commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
     assert commands == ["bash .ci/run", "bash .ci/versions ${{ matrix.versions }}"]
     cases = re.findall(r"^    (\w+)\) constraints=(\S+) ;;$", (ROOT / ".ci/versions").read_text(), re.M)
