@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from . import errors, measure
-from .join import passed_inside, without_graph
+from .contexts import without_graph
+from .join import passed_inside
 from .parameters import SharedParameters
 from .rotations import Rotations
 from .rows import Rows
@@ -175,7 +176,7 @@ class Gathering:
             matrices = measure.layer_gradients(rows[0], self.shared_layer.layer, inputs)
             window.add("gradients", matrices / c[:, None, None])
             return
-        gram = measure.gram(rows) / torch.outer(c, c)
+        gram = measure.gram(rows, with_sums=micro_batch.decide is None) / torch.outer(c, c)
         if micro_batch.decide is not None:
             micro_batch.shared_weights = micro_batch.decide(gram, arrived)
         if micro_batch.record:

@@ -5,7 +5,6 @@ Its backward is differentiable, to any order: a loss may contain gradients that 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import re
@@ -18,9 +17,8 @@ import torch
 from torch import Tensor
 
 from . import measure
+from .contexts import without_autocast
 from .rotations import Rotations
-
-AS_IT_IS = contextlib.nullcontext()
 
 Gradients = Sequence[Tensor | None]
 """One gradient per alias, those of the first tensor in task order, then those of the second; None where none came."""
@@ -129,7 +127,7 @@ def collect(
     """
     branch = _BRANCHES.get(key)
     rows = [measure.Gathered(r) for r in _by_tensor(gradients, tensors)]
-    with _without_autocast(rows[0].some() if rows[0].came else next(r.some() for r in rows if r.came)):
+    with without_autocast(rows[0].some() if rows[0].came else next(r.some() for r in rows if r.came)):
         weights = None if branch is None else branch.collect(rows, inputs, mask)
         if torch.is_grad_enabled() and branch is not None and not branch.is_active:
             return [_inner_sum(r, key) for r in rows]
@@ -141,11 +139,6 @@ def _by_tensor(gradients: Gradients, tensors: int) -> list[Gradients]:
         return [gradients]
     tasks = len(gradients) // tensors
     return [gradients[t * tasks : (t + 1) * tasks] for t in range(tensors)]
-
-
-def _without_autocast(g: Tensor) -> contextlib.AbstractContextManager[Any]:
-    device_type = "cpu" if g.is_cpu else g.device.type  # a string that is made anew every time
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else AS_IT_IS
 
 
 class Join(torch.autograd.Function):
@@ -241,7 +234,7 @@ class _Tap(torch.autograd.Function):
         branch = _BRANCHES.get(ctx.key)
         if branch is None:
             return g, None, None
-        with _without_autocast(g):
+        with without_autocast(g):
             branch.tap(ctx.k, g)
         if torch.is_grad_enabled() and not branch.is_active:
             return _inner_sum([g], ctx.key), None, None
@@ -276,11 +269,6 @@ class _ZeroWithGraph(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.zeros_like(output) for output in ctx.saved_tensors)
-
-
-def without_graph() -> contextlib.AbstractContextManager[Any]:
-    """What is measured is never differentiated; a backward keeps no graph anyway, unless it was asked to."""
-    return torch.no_grad() if torch.is_grad_enabled() else AS_IT_IS
 
 
 def zero_with_graph(outputs: Sequence[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import checks
 from .join import zero_with_graph
 from .statistics import Statistics
-from .window import to_device
+from .transfer import to_device
 
 Losses = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
 

@@ -7,15 +7,19 @@ over a piece is in float32 or wider, and what the pieces come to is added up in 
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .contexts import full_precision
 from .layers import Layer, weight_gradient, weight_gradients_of_rows
-from .pieces import BLOCK, copied_size, full_precision, in_pieces, is_small, piece_size
+from .pieces import BLOCK, BLOCK_OF_HALF, HALF, copied_size, in_pieces, is_dense, is_small, piece_size
 from .pieces import wide as wide
+
+logger = logging.getLogger("accel_weighting")
 
 TINY, HUGE = 1e-30, 1e36
 """Between them sums of squares in float32 have lost nothing that matters."""
@@ -29,11 +33,13 @@ class Gathered(list[Tensor | None]):
 
     Attributes:
         came: Indices of the tasks that have a gradient.
+        total: Their sum without a graph, if it was made with their products.
     """
 
     def __init__(self, rows: Rows) -> None:
         super().__init__(rows)
         self.came = [k for k, g in enumerate(rows) if g is not None]
+        self.total: Tensor | None = None
         self._stack: Tensor | None = None
 
     @classmethod
@@ -76,6 +82,8 @@ def weighted_sum(rows: Rows, weights: Tensor | None = None) -> Tensor | None:
     w = None if weights is None else weights.to(total.dtype)
     if w is None and not others:
         return total
+    if w is None and rows.total is not None and not torch.is_grad_enabled():
+        return rows.total
     if is_small(total, len(rows)):
         V = rows.stack()
         return (V if w is None else V * w.view(-1, *(1,) * total.ndim)).sum(0)
@@ -93,24 +101,31 @@ def weighted_sum(rows: Rows, weights: Tensor | None = None) -> Tensor | None:
 # ---- inner products ----------------------------------------------------------------------------------------------
 
 
-def gram(tensors: Sequence[Rows]) -> Tensor:
-    """Inner products of all gradients, ``[K, K]``, summed over the tensors; rows that are None count as zeros."""
+def gram(tensors: Sequence[Rows], with_sums: bool = False) -> Tensor:
+    """Inner products of all gradients, ``[K, K]``, summed over the tensors; rows that are None count as zeros.
+
+    Args:
+        tensors: For every tensor one gradient per task.
+        with_sums: Whether their sums follow, which cost next to nothing where one kernel reads all that is large.
+    """
     total: Tensor | None = None
     for rows in map(Gathered.of, tensors):
         if rows.came:
-            products = _gram(rows)
+            products = _gram(rows, with_sums)
             total = products if total is None else total + products
     assert total is not None
     return total
 
 
-def _gram(rows: Gathered) -> Tensor:
+def _gram(rows: Gathered, with_sum: bool) -> Tensor:
     some, came, K = rows.some(), rows.came, len(rows)
     if is_small(some, K):
         V = _real(rows.stack()).flatten(1)
         V = wide(V) if some.is_mps else V.double()
         return V @ V.T
-    with full_precision(some.device):
+    if some.is_cuda and (products := _in_one_pass(rows, with_sum)) is not None:
+        return products
+    with full_precision(some):
         products = _gram_in_pieces([_real(rows[k]) for k in came])  # type: ignore[arg-type]
     if len(came) == K:
         return products
@@ -119,6 +134,41 @@ def _gram(rows: Gathered) -> Tensor:
         for x, j in zip(row, came, strict=True):
             total[k, j] = x
     return total
+
+
+def _in_one_pass(rows: Gathered, with_sum: bool) -> Tensor | None:
+    """By the kernel for large gradients, which makes their sum on its way; None where it cannot be had."""
+    kernels = _kernels()
+    if kernels is None or not kernels.takes(rows):
+        return None
+    try:
+        products, rows.total = kernels.products_and_sum(rows, with_sum)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        _without_kernels.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        logger.warning(
+            "Triton is installed, and its kernel for inner products of large gradients cannot be used here (%s). Torch "
+            "makes them instead, which takes about ten times as long.",
+            _without_kernels[0],
+        )
+        return None
+    return products  # type: ignore[no-any-return]
+
+
+_without_kernels: list[str] = []
+"""Why the kernel is not used, once that is known."""
+
+
+def _kernels() -> Any:
+    """The module with the kernel; None where there is none."""
+    if torch.version.cuda is None or _without_kernels:
+        return None
+    try:
+        from . import kernels
+    except ImportError:
+        return None
+    return kernels
 
 
 def _real(x: Tensor) -> Tensor:
@@ -140,12 +190,16 @@ def _gram_in_pieces(rows: Sequence[Tensor]) -> Tensor:
             products = _checked(V)
             total = products if total is None else total.add_(products)
         else:
-            sums += _products(V if factors is None else V.mul_(factors))
+            parts = _products(V if factors is None else V.mul_(factors))
+            sums += [_added_up(parts).unsqueeze(0)] if V.dtype in HALF else parts  # of which there are many
         del V  # before the next is made
     if total is not None:
         return total
     total = _added_up(sums)
-    return total if scales is None else total / torch.outer(scales, scales)
+    if scales is None:
+        return total
+    scales = scales.double()  # products of two leave the range of float32
+    return total / torch.outer(scales, scales)
 
 
 def _checked(V: Tensor) -> Tensor:
@@ -169,10 +223,11 @@ def _added_up(parts: Sequence[Tensor]) -> Tensor:
 def _products(V: Tensor) -> list[Tensor]:
     """``V Vᵀ`` in parts ``[·, K, K]`` that are still to be added up: one long float32 sum would be off by 1e-5."""
     n = V.shape[1]
-    whole = n // BLOCK * BLOCK
+    block = BLOCK_OF_HALF if V.dtype in HALF else BLOCK
+    whole = n // block * block
     parts = []
     if whole:
-        W = V.narrow(1, 0, whole).view(len(V), -1, BLOCK)
+        W = V.narrow(1, 0, whole).view(len(V), -1, block)
         parts.append(_bmm(W.transpose(0, 1)))
     if whole < n:
         parts.append(_bmm(V.narrow(1, whole, n - whole).unsqueeze(0)))
@@ -181,7 +236,7 @@ def _products(V: Tensor) -> list[Tensor]:
 
 def _bmm(W: Tensor) -> Tensor:
     """``W Wᵀ`` of a batch; of half precision with sums in float32."""
-    if W.dtype in (torch.float16, torch.bfloat16):
+    if W.dtype in HALF:
         if _WIDE_SUMS and W.is_cuda:
             return torch.bmm(W, W.mT, out_dtype=torch.float32)
         W = W.float()
@@ -215,6 +270,8 @@ def square(g: Tensor) -> Tensor:
 
 
 def _square_in_pieces(x: Tensor) -> Tensor:
+    if x.is_cuda and _FOREACH_NORM and is_dense(x):
+        return torch._foreach_norm([x], 2, dtype=torch.float64)[0].square()  # at the speed of memory, as no other is
     dtype = torch.float32 if x.is_mps else torch.float64
     size = min(piece_size(x) // 2, max(1 << 13, x.numel() // 32))
     total = torch.zeros((), dtype=dtype, device=x.device)
@@ -223,6 +280,10 @@ def _square_in_pieces(x: Tensor) -> Tensor:
         total += wider.dot(wider)
         del wider  # before the next is made
     return total
+
+
+_FOREACH_NORM = "dtype" in str(torch.ops.aten._foreach_norm.Scalar._schema)
+"""Whether this torch takes norms of float32 in float64 without a copy."""
 
 
 # ---- of rows -------------------------------------------------------------------------------------------------------
@@ -267,7 +328,7 @@ def rows_touched(g: Tensor, index: Tensor, tasks: int) -> Tensor:
 
 def layer_gradients_of_rows(g: Tensor, index: Tensor, tasks: int, layer: Layer, inputs: Tensor) -> Tensor:
     """The gradient of every task's rows at the weight of the layer that gave z, ``[K, out, in·…]``."""
-    with full_precision(g.device):
+    with full_precision(g):
         matrices = weight_gradients_of_rows(layer, inputs, g, index, tasks)
     known = ((index >= 0) & (index <= tasks)).all()
     return torch.where(known, matrices, torch.nan)
@@ -279,7 +340,7 @@ def layer_gradients_of_rows(g: Tensor, index: Tensor, tasks: int, layer: Layer, 
 def layer_gradients(rows: Rows, layer: Layer, inputs: Tensor) -> Tensor:
     """Every task's gradient at the weight of the layer that gave z, ``[K, out, in·…]``."""
     some = next(g for g in rows if g is not None)
-    with full_precision(some.device):
+    with full_precision(some):
         matrices = [None if g is None else weight_gradient(layer, inputs, g) for g in rows]
     zeros = next(m for m in matrices if m is not None).new_zeros(layer.matrix)
     return torch.stack([zeros if m is None else m for m in matrices])
@@ -306,9 +367,10 @@ def cross_products(rows: Rows, c: Tensor, m: int, dim: int, z: Tensor | None) ->
         Z = features(z)
         pairs += [(g, Z, c[k]) for k, g in enumerate(G)]
     products = torch.zeros(len(pairs), m, m, dtype=wide(some[:0]).dtype, device=some.device)
-    for product, (a, b, _) in zip(products, pairs, strict=True):
-        if a is not None and b is not None:
-            torch.mm(a.T, b, out=product)
+    with full_precision(some):
+        for product, (a, b, _) in zip(products, pairs, strict=True):
+            if a is not None and b is not None:
+                torch.mm(a.T, b, out=product)
     if pairs:
         products /= torch.stack([factor for *_, factor in pairs])[:, None, None]
     return products

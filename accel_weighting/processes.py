@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import checks, errors
-from .window import to_device
+from .transfer import to_device
 
 SUPPORTED = {
     "NO",

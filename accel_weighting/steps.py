@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .contexts import AS_IT_IS, full_precision
 from .losses import Bounds
 from .processes import Processes, Reduction
 from .state import WeighterState
@@ -120,11 +121,11 @@ class Steps:
         before = state.weights
         if isinstance(found, Held):
             state.hold(found.counts)
-        elif torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):  # what is kept from here must be of use in training
-                state.update(found, self._bounds.above(found))
         else:
-            state.update(found, self._bounds.above(found))
+            # A state is asked for anywhere, in the autocast of a forward too, and what is kept must serve in training.
+            training = torch.inference_mode(False) if torch.is_inference_mode_enabled() else AS_IT_IS
+            with training, AS_IT_IS if state.rotations is None else full_precision(state.rotations):
+                state.update(found, self._bounds.above(found))
         if not isinstance(found, Held):
             self._verdict.notice_update(found, state, before)
         if self._lag == 0:  # its own weights are those of the update that has just been

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .statistics import Statistics
+from .transfer import to_device
 
 
 class Sums(NamedTuple):
@@ -439,12 +440,3 @@ def _triangle_indices(m: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the strict upper triangle of a flattened matrix lies, and where its mirror image."""
     i, j = torch.triu_indices(m, m, 1, device=device)
     return i * m + j, j * m + i
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A small CPU tensor on ``device`` without the host waiting for it."""
-    if device.type == "cpu":
-        return values
-    if device.type == "cuda":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)

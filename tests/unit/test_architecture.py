@@ -29,9 +29,12 @@ MAY = {
     "rows": set(),
     "structures": {"errors"},
     "pieces": set(),
+    "transfer": set(),
+    "contexts": set(),
+    "kernels": {"pieces", "transfer"},
     "layers": {"errors", "pieces"},
-    "measure": {"layers", "pieces"},
-    "window": {"statistics"},
+    "measure": {"contexts", "kernels", "layers", "pieces"},
+    "window": {"statistics", "transfer"},
     "checks": {"errors", "statistics", "window"},
     "modules": {"checks", "errors"},
     "parameters": {"aliases", "modules"},
@@ -40,18 +43,20 @@ MAY = {
     "plot": {"history"},
     "checkpoint": {"statistics"},
     "state": {"checkpoint", "growth", "history", "statistics"},
-    "processes": {"checks", "errors", "window"},
+    "processes": {"checks", "errors", "transfer"},
     "verdict": {"errors", "processes", "state", "statistics", "window"},
     "rotations": {"measure", "state", "statistics", "window"},
-    "join": {"measure", "rotations"},
+    "join": {"contexts", "measure", "rotations"},
     "walk": {"aliases", "join", "rows"},
     "audit": {"errors", "measure", "walk"},
     "linearity": {"join", "walk"},
-    "losses": {"checks", "errors", "join", "statistics", "window"},
-    "steps": {"losses", "processes", "state", "statistics", "verdict", "window"},
+    "losses": {"checks", "errors", "join", "statistics", "transfer"},
+    "steps": {"contexts", "losses", "processes", "state", "statistics", "verdict", "window"},
     "heads": {"checks", "errors", "modules"},
     "shared_layer": {"errors", "join", "layers", "modules"},
-    "gathering": {"errors", "join", "measure", "parameters", "rotations", "rows", "shared_layer", "window"},
+    "gathering": {
+        *("contexts", "errors", "join", "measure", "parameters", "rotations", "rows", "shared_layer", "window"),
+    },
     "branch": {
         *("errors", "gathering", "heads", "join", "parameters", "rotations", "rows", "shared_layer", "statistics"),
         *("structures", "tracing"),
@@ -167,7 +172,7 @@ def test_imports_inside_the_selfcheck_run_one_way(path: Path) -> None:
 
 def test_the_core_imports_with_the_core_dependencies_alone() -> None:
     """Nothing optional is imported until it is used."""
-    optional = ["matplotlib", "transformers", "torchjd", "deepspeed", "sklearn", "datasets", "peft", "trl"]
+    optional = ["matplotlib", "transformers", "torchjd", "deepspeed", "sklearn", "datasets", "peft", "trl", "triton"]
     code = (
         "import sys\n"
         f"sys.modules.update(dict.fromkeys({optional!r}))\n"  # None makes an import fail

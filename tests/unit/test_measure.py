@@ -76,6 +76,15 @@ def test_other_precisions(dtype: torch.dtype, N: int) -> None:
     torch.testing.assert_close(measure.square(rows[0]), expected, rtol=1e-7, atol=0)
 
 
+@pytest.mark.parametrize("size", [1e-37, 1e-22, 1e18, 1e37])
+def test_the_range_is_kept_where_nothing_may_be_looked_at(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the host cannot see whether a square left the range, and do it again."""
+    rows = [g * size for g in gradients(3, MILLION)]
+    expected = exact_gram(rows)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    torch.testing.assert_close(measure.gram([Gathered(rows)]), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("N", [100, 70_000, MILLION])
 @pytest.mark.parametrize("size", [1e-22, 1e-38, 1e18, 1e30])
 def test_neither_small_nor_large_gradients_leave_the_range(size: float, N: int) -> None:
@@ -216,11 +225,12 @@ def test_a_small_product_and_its_sum_take_four_kernels() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_large_product_takes_three_kernels_a_piece(dtype: torch.dtype) -> None:
+def test_a_large_product_takes_three_or_four_kernels_a_piece(dtype: torch.dtype) -> None:
+    """Without the one of Triton, which reads all at once (tests/gpu)."""
     K, N = 4, 64 * MILLION
     per_piece = pieces.PIECE_BYTES // dtype.itemsize
     found = kernels_on_a_gpu(lambda rows: measure.gram([rows]), K, N, dtype)
     number = K * N // per_piece
     assert found["bmm"] == number and found["stack"] <= number + 1 and found["mul_"] <= number
-    assert found.total() <= 3 * number + 12
+    assert found.total() <= (4 if dtype == torch.bfloat16 else 3) * number + 12
     assert "_local_scalar_dense" not in found, "nothing waits for the device"

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from accel_weighting import IMTLG, CoVWeighting, GradNorm, Method, Weighter, losses, processes, window
+from accel_weighting import IMTLG, CoVWeighting, GradNorm, Method, Weighter, losses, processes, transfer, window
 from tests.ranks import accelerator_for
 from tests.unit.test_measure import Kernels
 
@@ -205,7 +205,7 @@ def test_a_step_starts_few_kernels_and_copies_twice_to_the_device_and_once_back(
     plain = kernels(Loop(None, 4))
     loop, copies = Loop(method, 4), Counter[str]()
 
-    def copied(values: Tensor, device: torch.device, to: Any = window.to_device) -> Tensor:
+    def copied(values: Tensor, device: torch.device, to: Any = transfer.to_device) -> Tensor:
         copies["up"] += 1
         return to(values, device)
 

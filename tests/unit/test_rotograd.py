@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from accel_weighting import RotoGrad, RotoGradNorm, Smooth, Weighter
+from accel_weighting.processes import Processes
 from tests.methods.rotograd_toy import VARIANTS, avocado, toy
 from tests.small import fake_accelerator
 
@@ -377,6 +378,41 @@ def test_training_in_half_precision_keeps_the_rotations_orthogonal(dtype):
         twin.descend(0.01)
         assert all(R.dtype == torch.float32 and error(R) < 1e-6 for R in weighter.rotations.values())
     assert (weighter.rotations["a"] - torch.eye(WIDTH)).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("method", [RotoGrad(), RotoGrad(lr=0.5), RotoGradNorm(alpha=1.0)], ids=repr)
+def test_autocast_changes_no_rotation_that_is_turned_in_it(method, monkeypatch):
+    """A step may end there, and on a GPU a forward takes the last one in: rotations stay in float32 or wider."""
+    found = []
+
+    class Ready:
+        def synchronize(self):
+            pass
+
+    def late(self, *args, sum=Processes.sum):
+        reduction = sum(self, *args)
+        reduction.ready = Ready()  # as on a GPU, where a step's sums are taken in at their next use
+        return reduction
+
+    for inside, is_late in ((False, False), (True, False), (False, True)):
+        if is_late:
+            monkeypatch.setattr(Processes, "sum", late)
+        twin = Twin(dtype=torch.float32)
+        weighter = weighter_for(method)
+        for step in range(4):
+            x, y = twin.batch(step)
+            with torch.autocast("cpu", torch.bfloat16):
+                losses = {t: loss.float() for t, loss in twin.losses(weighter.branch(twin.z(x)), y).items()}
+                if inside:
+                    weighter.backward(losses)
+            if not inside:
+                weighter.backward(losses)
+            twin.descend(0.01)
+        found.append((weighter.weights, torch.stack(list(weighter.rotations.values()))))
+    (weights, R), *others = found
+    for other in others:
+        assert weights == other[0] and torch.equal(R, other[1])
+    assert (R.mT.double() @ R.double() - torch.eye(WIDTH)).abs().max() < 1e-6
 
 
 def test_ten_thousand_steps_in_bf16_keep_the_rotations_orthogonal():
