@@ -66,6 +66,10 @@ class Shape(NamedTuple):
     batch_size: int
     head_outputs: int
     tokens: bool
+    optimizer: str
+
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
 class ConvLayer(nn.Module):
@@ -205,8 +209,9 @@ def loop(
 
 def prepared(accelerator: Accelerator, shape: Shape, lr: float) -> tuple[nn.Module, Any, Data]:
     set_seed(0)
-    net = Net(shape)
-    net, optimizer = accelerator.prepare(net, torch.optim.AdamW(net.parameters(), lr=lr))
+    with accelerator.device:  # a billion random numbers take long on a CPU
+        net = Net(shape)
+    net, optimizer = accelerator.prepare(net, OPTIMIZERS[shape.optimizer](net.parameters(), lr=lr))
     return net, optimizer, Data(shape, accelerator.device)
 
 
@@ -271,13 +276,15 @@ def rotograd_package(accelerator: Accelerator, shape: Shape, lr: float) -> tuple
     import rotograd
 
     set_seed(0)
-    net, data = Net(shape).to(accelerator.device), Data(shape, accelerator.device)
+    with accelerator.device:
+        net = Net(shape)
+    data = Data(shape, accelerator.device)
     net.trunk.forward, represent = net.represent, net.trunk.forward  # the package wants one module that gives z
     net.represent = None  # type: ignore[assignment]
     trunk = _Calls(lambda inputs: represent(inputs) if shape.tokens else represent(inputs).mean(1), net.trunk)
-    model = rotograd.RotoGrad(trunk, list(net.heads), shape.width)
+    model = rotograd.RotoGrad(trunk, list(net.heads), shape.width).to(accelerator.device)
     groups = [{"params": list(model.model_parameters())}, {"params": list(model.parameters()), "lr": lr / 2}]
-    optimizer = torch.optim.AdamW(groups, lr=lr)
+    optimizer = OPTIMIZERS[shape.optimizer](groups, lr=lr)
 
     def step() -> list[float]:
         for _ in range(accelerator.gradient_accumulation_steps):
@@ -737,7 +744,13 @@ def parse_args() -> argparse.Namespace:
         default=60,
         help="time of a loop, after which it takes part in no further round (default: 60)",
     )
-    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of AdamW (default: 0.0001)")
+    parser.add_argument(
+        "--optimizer",
+        choices=list(OPTIMIZERS),
+        default="adamw",
+        help="sgd keeps no state: ten loops of a billion parameters fit on one GPU with it (default: adamw)",
+    )
+    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate (default: 0.0001)")
     parser.add_argument(
         "--mixed_precision",
         choices=["no", "bf16", "fp16"],
@@ -771,7 +784,17 @@ def main() -> None:
     accelerator = accelerator_on_cpu(**options) if args.cpu else Accelerator(**options)
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise SystemExit("The launched processes do not see each other. Without accelerators, add --cpu.")
-    shape = Shape(args.trunk, 0, args.width, args.layers, args.length, args.batch_size, args.head_outputs, args.tokens)
+    shape = Shape(
+        args.trunk,
+        0,
+        args.width,
+        args.layers,
+        args.length,
+        args.batch_size,
+        args.head_outputs,
+        args.tokens,
+        args.optimizer,
+    )
     wide = shape._replace(tasks=3, width=args.rotation_width)
     groups = []
     if "weights" in args.groups:
