@@ -337,22 +337,21 @@ class Branch(Gathering):
             return [self._rotated(z, k) for z in zs]
         if torch.compiler.is_compiling():
             return self._alias_compiled(zs, k)
-        for z in zs:
-            if z.requires_grad:
-                self.fed.add(k)
+        if any([z.requires_grad for z in zs]):
+            self.fed.add(k)
         graph_task, forward = torch._C._current_graph_task_id(), self._forward
+        missing = zs
         if forward is None or forward.graph_task != graph_task:
             forward = Forward(graph_task)
-        missing = [z for z in zs if forward.aliases(z) is None]
-        if missing and k in forward.taken:  # its head again, on something new: the next forward
-            forward, missing = Forward(graph_task), list(zs)
-        if missing:
-            missing = _distinct(missing)
-            self._before_join()
-            divided = self._tapped(missing) or self._divided(missing)
-            forward.joined += [(z, 0, aliases) for z, aliases in zip(missing, divided, strict=True)]
+        elif (missing := [z for z in zs if forward.aliases(z) is None]) and k in forward.taken:
+            forward, missing = Forward(graph_task), zs  # its head again, on something new: the next forward
         forward.taken.add(k)
         self._forward = forward
+        if missing:
+            self._before_join()
+            missing = _distinct(missing)
+            divided = self._tapped(missing) or self._divided(missing)
+            forward.joined += [(z, 0, aliases) for z, aliases in zip(missing, divided, strict=True)]
         return [self._rotated(forward.alias(z, k), k) for z in zs]
 
     def _alias_compiled(self, zs: Sequence[Tensor], k: int) -> list[Tensor]:
@@ -396,10 +395,10 @@ class Branch(Gathering):
         return [Taps(z, self.key) for z in zs]
 
 
-def _distinct(zs: Sequence[Tensor]) -> list[Tensor]:
+def _distinct(zs: Sequence[Tensor]) -> Sequence[Tensor]:
     """Each tensor once."""
     if len(zs) == 1:
-        return list(zs)
+        return zs
     found: list[Tensor] = []
     for z in zs:
         if not any(same(z, other) for other in found):

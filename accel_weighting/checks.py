@@ -314,8 +314,9 @@ def _not_scalars(named: Mapping[str, Any]) -> Exception:
 
 def losses_have_graphs(losses: Mapping[str, Tensor], tasks: Sequence[str], present: Iterable[int]) -> None:
     """Gradients are enabled, so every loss that counts must lead somewhere."""
-    detached = [tasks[k] for k in sorted(present) if not losses[tasks[k]].requires_grad]
-    if detached:
+    if all([loss.requires_grad for loss in losses.values()]):
+        return
+    if detached := [tasks[k] for k in sorted(present) if not losses[tasks[k]].requires_grad]:
         raise ValueError(
             "\n".join(f"Loss `{task}` does not require grad: it was detached before it came here." for task in detached)
             + "\nPass losses as the model computed them, without `.detach()`, and computed with gradients enabled."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import numbers
@@ -46,6 +47,11 @@ NumItems = int | Mapping[str, int] | Shares | None
 NOBODY: frozenset[int] = frozenset()
 
 
+@functools.lru_cache(maxsize=64)
+def _everybody(tasks: int) -> frozenset[int]:
+    return frozenset(range(tasks))
+
+
 class Given(NamedTuple):
     """The losses of one micro-batch, checked.
 
@@ -79,7 +85,10 @@ class Given(NamedTuple):
             empty = frozenset([k for k, share in enumerate(counts) if share == 0])
         else:
             counts, empty = _item_counts(num_items, named, tasks)
-        present = frozenset([k for k, task in enumerate(tasks) if task in named and k not in empty])
+        if not empty and len(named) == len(tasks):
+            present = _everybody(len(tasks))
+        else:
+            present = frozenset([k for k, task in enumerate(tasks) if task in named and k not in empty])
         return cls(named, present, empty, counts, shares)
 
     def vector(
@@ -96,6 +105,7 @@ class Given(NamedTuple):
             whole_graph: Whether zeros go through the loss that came with a count of 0 to the head, and not only to it.
         """
         some, rows = next(iter(self.named.values())), []
+        place = some.get_device()
         for k, task in enumerate(tasks):
             if k not in self.present:
                 row = self._zero(task, some, head_outputs(k), whole_graph).to(some.dtype)
@@ -105,7 +115,7 @@ class Given(NamedTuple):
                 row = (self.named[task] * self.shares.items[task]).double() / self.shares.items[task]
             else:
                 row = self.named[task]
-            rows.append(row if row.device == some.device else row.to(some.device))
+            rows.append(row if row.get_device() == place else row.to(some.device))
         v = torch.stack(rows)  # in the widest of their precisions
         return v if v.dtype in (torch.float32, torch.float64) else v.float()
 
