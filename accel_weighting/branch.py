@@ -118,8 +118,8 @@ class Branch(Gathering):
         self.reads: dict[int, tuple[torch.Size, ...]] = {}
         self.parametrized: set[Any] = set()
         self.attached = self._joins = 0
-        self._join_of_tasks = join_of(self.tasks)
         self.key = register(self)
+        self._join_of_tasks = join_of(self.tasks, self.key)
 
     def __deepcopy__(self, memo: Any) -> Branch:
         """Returns self: a copied model (an average, a teacher) keeps using this branch and its current rotations."""
@@ -302,9 +302,9 @@ class Branch(Gathering):
         """The same in a forward of a training."""
         K = len(self.tasks)
         with_graph = [z for z in zs if z.requires_grad]
-        if not with_graph or not (torch.compiler.is_compiling() or not self._passes()):
+        compiling = torch.compiler.is_compiling()
+        if not with_graph or (not compiling and self._passes()):
             return [(z,) * K for z in zs]
-        self.fed.update(range(K)) if self.heads is None and not torch.compiler.is_compiling() else None
         inputs = None
         if self.shared_layer is not None:
             if len(zs) > 1:  # each with an input of its own
@@ -312,10 +312,13 @@ class Branch(Gathering):
             inputs = self.shared_layer.input_for(zs[0])
         elif self.rotations is not None and self.rotations.cooperative:
             inputs = zs[0].detach()
-        if self.heads is None and not torch.compiler.is_compiling():
+        if self.heads is None and not compiling:
+            self.fed.update(range(K))
             self._before_join()
         flat: tuple[Tensor, ...]
-        flat = self._join_of_tasks.apply(inputs, mask, self.key, K, *with_graph)  # type: ignore[no-untyped-call]
+        flat = self._join_of_tasks.apply(inputs, mask, *with_graph)  # type: ignore[no-untyped-call]
+        if len(zs) == 1:
+            return [flat]
         divided = iter([flat[t * K : (t + 1) * K] for t in range(len(with_graph))])
         return [next(divided) if z.requires_grad else (z,) * K for z in zs]
 
@@ -337,8 +340,9 @@ class Branch(Gathering):
             return [self._rotated(z, k) for z in zs]
         if torch.compiler.is_compiling():
             return self._alias_compiled(zs, k)
-        if any([z.requires_grad for z in zs]):
-            self.fed.add(k)
+        for z in zs:
+            if z.requires_grad:
+                self.fed.add(k)
         graph_task, forward = torch._C._current_graph_task_id(), self._forward
         missing = zs
         if forward is None or forward.graph_task != graph_task:
@@ -388,7 +392,7 @@ class Branch(Gathering):
         """For every tensor the aliases that are made and measured one by one; nothing where they are to be joined."""
         if self._tap_above == math.inf or torch._C._is_tracing():
             return ()
-        if len(self.tasks) * sum(map(Tensor.numel, zs)) < self._tap_above:
+        if len(self.tasks) * sum([z.numel() for z in zs]) < self._tap_above:
             return ()
         if self._passes() or not all(z.requires_grad for z in zs):
             return ()

@@ -6,6 +6,7 @@ import difflib
 import logging
 import math
 import numbers
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -100,7 +101,7 @@ def extra_losses(extra: Any, tasks: Sequence[str], names: list[str]) -> Mapping[
     for name, loss in extra.items():
         if name in tasks or not isinstance(name, str):
             raise ValueError(f"Parameter `extra` must name losses that are no tasks. Found {name!r}.")
-        if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
+        if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
             found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"Extra loss `{name}` must be a floating-point tensor of shape []. Found {found}.")
     new = [name for name in extra if name not in names]
@@ -265,7 +266,7 @@ def losses_by_task(losses: Any, tasks: Sequence[str]) -> Mapping[str, Tensor]:
 
 
 def _named(losses: Any, tasks: Sequence[str]) -> Mapping[str, Any]:
-    if isinstance(losses, Mapping):
+    if type(losses) is dict or isinstance(losses, Mapping):
         return losses
     if hasattr(losses, "_asdict"):
         by_name: dict[str, Any] = losses._asdict()
@@ -312,9 +313,12 @@ def _not_scalars(named: Mapping[str, Any]) -> Exception:
     return kind("\n".join(complaints))
 
 
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
+
+
 def losses_have_graphs(losses: Mapping[str, Tensor], tasks: Sequence[str], present: Iterable[int]) -> None:
     """Gradients are enabled, so every loss that counts must lead somewhere."""
-    if all([loss.requires_grad for loss in losses.values()]):
+    if all(map(_REQUIRES_GRAD, losses.values())):
         return
     if detached := [tasks[k] for k in sorted(present) if not losses[tasks[k]].requires_grad]:
         raise ValueError(

@@ -5,7 +5,6 @@ Its backward is differentiable, to any order: a loss may contain gradients that 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
 import weakref
@@ -141,49 +140,49 @@ def _by_tensor(gradients: Gradients, tensors: int) -> list[Gradients]:
     return [gradients[t * tasks : (t + 1) * tasks] for t in range(tensors)]
 
 
-class Join(torch.autograd.Function):
-    """Every tensor to one alias per task (a view); in the backward all their gradients come together."""
+def join_of(tasks: tuple[str, ...], key: int) -> type[torch.autograd.Function]:
+    """Every tensor to one alias per task (a view); in the backward all their gradients come together.
 
-    @staticmethod
-    def forward(
-        ctx: Any, inputs: Tensor | None, mask: Tensor | None, key: int, tasks: int, *zs: Tensor
-    ) -> tuple[Tensor, ...]:
-        """The aliases of the first tensor in task order, then those of the second."""
-        ctx.key, ctx.tensors = key, len(zs)
-        ctx.set_materialize_grads(False)
-        ctx.saves = inputs is not None or mask is not None
-        if ctx.saves:  # saved tensors, even None, forbid a second pass that the heads alone would allow
-            ctx.save_for_backward(inputs, mask)
-        return tuple([z.view_as(z) for z in zs for _ in range(tasks)])
+    Its name says what to do: torch names it where a head begins with an in-place module. That is raised inside of the
+    head's forward, where nothing of ours runs, and for aliases of ``branch`` the heads are not known.
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """For every tensor the sum of its aliases' gradients, each times its weight."""
-        tensors: int = ctx.tensors
-        if all(g is None for g in gradients):
-            return tuple([None] * (4 + tensors))
-        inputs, mask = ctx.saved_tensors if ctx.saves else (None, None)
-        sums: list[Tensor | None]
-        if not torch.compiler.is_compiling():
-            sums = collect(gradients, ctx.tensors, inputs, mask, ctx.key)
-            return None, None, None, None, *sums
-        totals: list[Tensor]
-        totals = torch.ops.accel_weighting.collect(list(gradients), ctx.tensors, inputs, mask, ctx.key)
-        came = [any(g is not None for g in rows) for rows in _by_tensor(gradients, ctx.tensors)]
-        sums = [total if there else None for total, there in zip(totals, came, strict=True)]
-        return None, None, None, None, *sums
-
-
-@functools.lru_cache(maxsize=64)
-def join_of(tasks: tuple[str, ...]) -> type[Join]:
-    """The join under a name that says what to do: torch names it where a head begins with an in-place module.
-
-    That is raised inside of the head's forward, where nothing of ours runs, and for aliases of ``branch`` the heads are
-    not known.
+    Args:
+        tasks: Task names.
+        key: Of the branch.
     """
+    K = len(tasks)  # with the key no argument of `apply`, which has a price for each
+
+    class Join(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, inputs: Tensor | None, mask: Tensor | None, *zs: Tensor) -> tuple[Tensor, ...]:
+            """The aliases of the first tensor in task order, then those of the second."""
+            ctx.key, ctx.tensors = key, len(zs)
+            ctx.set_materialize_grads(False)
+            ctx.saves = inputs is not None or mask is not None
+            if ctx.saves:  # saved tensors, even None, forbid a second pass that the heads alone would allow
+                ctx.save_for_backward(inputs, mask)
+            return tuple([z.view_as(z) for z in zs for _ in range(K)])
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+            """For every tensor the sum of its aliases' gradients, each times its weight."""
+            tensors: int = ctx.tensors
+            if gradients[0] is None and all(g is None for g in gradients):
+                return tuple([None] * (2 + tensors))
+            inputs, mask = ctx.saved_tensors if ctx.saves else (None, None)
+            sums: list[Tensor | None]
+            if not torch.compiler.is_compiling():
+                sums = collect(gradients, ctx.tensors, inputs, mask, ctx.key)
+                return None, None, *sums
+            totals: list[Tensor]
+            totals = torch.ops.accel_weighting.collect(list(gradients), ctx.tensors, inputs, mask, ctx.key)
+            came = [any(g is not None for g in rows) for rows in _by_tensor(gradients, ctx.tensors)]
+            sums = [total if there else None for total, there in zip(totals, came, strict=True)]
+            return None, None, *sums
+
     shared = ", ".join(f"`{task}`" for task in tasks)
     name = f"(the head of a task, one of {shared}, begins with an in-place module: give it `inplace=False`) Join"
-    return type(name, (Join,), {"__doc__": Join.__doc__})
+    return type(name, (Join,), {})
 
 
 class _InnerSum(torch.autograd.Function):

@@ -362,10 +362,10 @@ class Window:
         """
         if value.is_mps:
             value = value.to("cpu")
-        if name != "moments" and value.dtype != torch.float64:
-            value = value.double()
         if (before := self._sums.get(name)) is not None:
-            value = before + value.to(before.device)
+            value = before + (value if value.get_device() == before.get_device() else value.to(before.device))
+        elif name != "moments" and value.dtype != torch.float64:
+            value = value.double()
         self._sums[name] = value
 
     def add_at(self, k: int, place: slice, gradient: Tensor, divisor: Tensor) -> None:
