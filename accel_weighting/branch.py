@@ -28,7 +28,7 @@ from .rows import Rows, rows_of_features, rows_twice
 from .shared_layer import SharedLayer
 from .statistics import Method
 from .structures import argument, can_be_shared, mapped, tensors_in
-from .tracing import graph_of, place
+from .tracing import followed, graph_of, place
 
 MANY = 200
 """The number of forwards without a call of `combine` after which a warning says that the losses go another way."""
@@ -231,6 +231,7 @@ class Branch(Gathering):
 
     # ---- forward -----------------------------------------------------------------------------------------------
 
+    @followed
     def __call__(self, z: Any, mask: Tensor | None = None) -> dict[str, Any]:
         """One alias of ``z`` per task, rotated where the method rotates; rows outside of ``mask`` are not measured.
 

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import checks, errors
 from .modules import Link, heads_by_task, holder, holds, links_on_the_way, name_of
+from .tracing import followed
 
 HeadSpec = nn.Module | str | tuple[nn.Module | str, str]
 """A head: a module, its dotted name, or one of them with the name of the argument that is the shared representation."""
@@ -60,6 +61,7 @@ class _Before(_Hook):
         self._call = hooked.copied_head if copied else hooked.before_head
         self.keeps = None if copied else hooked.owner()  # the weighter lives as long as a model that it is hooked to
 
+    @followed
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         if _STATE in module.__dict__ and not torch.compiler.is_compiling():
             module.__dict__[_STATE] = _CALLED
@@ -109,6 +111,7 @@ class _Follow(_Hook):
     def __init__(self, follow: Callable[[], Any] | None) -> None:
         self._follow = follow
 
+    @followed
     def __call__(self, module: nn.Module, args: Any) -> None:
         if self._follow is not None and not torch.compiler.is_compiling():
             self._follow()
@@ -123,6 +126,7 @@ class _After(_Hook):
     def __init__(self, hooked: Hooked, k: int, copied: bool = False) -> None:
         self._hooked, self._k, self._copied = hooked, k, copied
 
+    @followed
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._copied:
             self._hooked.after_head(self._k, output)

@@ -93,6 +93,17 @@ def _(
     return [torch.empty(0) if first is None else torch.empty_like(first) for first in firsts]
 
 
+@torch.library.custom_op("accel_weighting::ones", mutates_args=(), schema="(Tensor z, int number) -> Tensor")
+def _ones(z: Tensor, number: int) -> Tensor:
+    """Ones of which no compiler knows that they are: what is multiplied by them stays as many tensors."""
+    return z.new_ones(number)
+
+
+@_ones.register_fake
+def _(z: Tensor, number: int) -> Tensor:
+    return z.new_empty(number)
+
+
 @torch.library.custom_op("accel_weighting::rotation", mutates_args=(), schema="(Tensor z, int key, int k) -> Tensor")
 def _rotation(z: Tensor, key: int, k: int) -> Tensor:
     """A copy of R_k. Opaque too, since the method moves the rotations at the first use after a step."""
@@ -143,8 +154,9 @@ def _by_tensor(gradients: Gradients, tensors: int) -> list[Gradients]:
 def join_of(tasks: tuple[str, ...], key: int) -> type[torch.autograd.Function]:
     """Every tensor to one alias per task (a view); in the backward all their gradients come together.
 
-    Its name says what to do: torch names it where a head begins with an in-place module. That is raised inside of the
-    head's forward, where nothing of ours runs, and for aliases of ``branch`` the heads are not known.
+    In compiled code an alias is no view. The name says what to do: torch names it where a head begins with an in-place
+    module. That is raised inside of the head's forward, where nothing of ours runs, and for aliases of ``branch`` the
+    heads are not known.
 
     Args:
         tasks: Task names.
@@ -161,6 +173,11 @@ def join_of(tasks: tuple[str, ...], key: int) -> type[torch.autograd.Function]:
             ctx.saves = inputs is not None or mask is not None
             if ctx.saves:  # saved tensors, even None, forbid a second pass that the heads alone would allow
                 ctx.save_for_backward(inputs, mask)
+            if torch.compiler.is_compiling():
+                # Views that leave a compiled graph, as at a break between two heads, are made anew from z itself, and
+                # copies that leave it are merged: gradients would pass by this backward, or come to one alias.
+                ones = [torch.ops.accel_weighting.ones(z, K) for z in zs]
+                return tuple([z * ones[t][k] for t, z in enumerate(zs) for k in range(K)])
             return tuple([z.view_as(z) for z in zs for _ in range(K)])
 
         @staticmethod

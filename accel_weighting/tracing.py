@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,18 @@ _NUMBERS: weakref.WeakKeyDictionary[Any, dict[Any, int]] = weakref.WeakKeyDictio
 """For every graph that is traced, its own number (under None) and those of its tensors."""
 
 _GRAPHS = itertools.count(1)
+
+IS_FOLLOWED = [int(x) for x in torch.__version__.split(".")[:2]] >= [2, 8]
+"""Whether this torch's compiler can follow what happens at a head. An older one breaks the graph in the middle of it,
+and statistics were wrong where a head was called twice (2.4)."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def followed(function: F) -> F:
+    """What a compiler follows if it can, and else runs as it is, between two graphs."""
+    return function if IS_FOLLOWED else torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+
 
 TENSORS = 1 << 20
 """More than the shared tensors of one graph: a place tells its graph."""

@@ -52,7 +52,7 @@ MAY = {
     "linearity": {"join", "walk"},
     "losses": {"checks", "errors", "join", "statistics", "transfer"},
     "steps": {"contexts", "losses", "processes", "state", "statistics", "verdict", "window"},
-    "heads": {"checks", "errors", "modules"},
+    "heads": {"checks", "errors", "modules", "tracing"},
     "shared_layer": {"errors", "join", "layers", "modules"},
     "gathering": {
         *("contexts", "errors", "join", "measure", "parameters", "rotations", "rows", "shared_layer", "window"),

@@ -195,3 +195,46 @@ def test_the_operator_keeps_the_compilers_rules(layout, dtype, there):
         (gradients, 2, None, None, key),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", [GradNorm(), MGDA(), RotoGrad(), CoVWeighting()], ids=lambda m: type(m).__name__)
+def test_a_break_of_the_graph_between_two_heads_changes_nothing(method: Any, backend: str) -> None:
+    """The alias of the second head leaves the first graph."""
+
+    class Broken(Net):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.trunk(x)
+            a = self.a(h)
+            torch._dynamo.graph_break()
+            return a, self.b(h)
+
+    torch.manual_seed(0)
+    net = Broken("once").double()
+    for plain, other in zip(steps(net, method, "", ""), steps(net, method, "model", backend), strict=True):
+        assert_close(other, plain, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", [GradNorm(), MGDA(), RotoGrad(), CoVWeighting()], ids=lambda m: type(m).__name__)
+def test_aliases_may_leave_a_compiled_trunk(method: Any, backend: str) -> None:
+    """`branch` in the trunk, which is compiled, and heads that are not."""
+
+    def run(backend: str | None) -> list[Any]:
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        net = Net("once").double()
+        weighter = Weighter(method, ["a", "b"])
+
+        def represent(x: Tensor) -> dict[str, Tensor]:
+            return weighter.branch(net.trunk(x))
+
+        trunk = represent if backend is None else torch.compile(represent, backend=backend)
+        for _ in range(3):
+            net.zero_grad()
+            z = trunk(torch.randn(7, 4, dtype=torch.float64))
+            weighter.backward([mean(net.a(z["a"])), mean(net.b(z["b"]))])
+        return [weighter.statistics.norms, weighter.statistics.gram, *(p.grad.clone() for p in net.parameters())]
+
+    for plain, other in zip(run(None), run(backend), strict=True):
+        assert_close(other, plain, rtol=1e-10, atol=1e-14)

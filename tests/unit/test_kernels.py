@@ -6,8 +6,10 @@ import importlib.util
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -67,6 +69,8 @@ def compiled() -> None:
 def test_the_kernel(run: Any, interpret: str) -> None:
     """In a process of its own: Triton is told at its import whether to interpret."""
     code = f"from tests.unit.test_kernels import {run.__name__}; {run.__name__}(); print('done')"
+    if interpret == "1" and version("triton") < "3.9" and np.__version__ >= "2.4":
+        pytest.skip("the interpreter of Triton before 3.9 does not run with NumPy 2.4")
     environment = os.environ | {"TRITON_INTERPRET": interpret}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
     assert done.stdout.strip().endswith("done"), done.stderr[-3000:]

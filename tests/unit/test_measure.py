@@ -88,6 +88,8 @@ def test_the_range_is_kept_where_nothing_may_be_looked_at(size: float, monkeypat
 @pytest.mark.parametrize("N", [100, 70_000, MILLION])
 @pytest.mark.parametrize("size", [1e-22, 1e-38, 1e18, 1e30])
 def test_neither_small_nor_large_gradients_leave_the_range(size: float, N: int) -> None:
+    if torch.tensor(1e-40) * 1 == 0:
+        pytest.skip("this process takes the smallest numbers for 0: old compiled code, loaded by another test, says so")
     rows = [g * size for g in gradients(2, N)]
     assert_gram(rows, 1e-6)
     assert_gram([rows[0], gradients(2, N)[1]], 1e-6)
@@ -232,5 +234,6 @@ def test_a_large_product_takes_three_or_four_kernels_a_piece(dtype: torch.dtype)
     found = kernels_on_a_gpu(lambda rows: measure.gram([rows]), K, N, dtype)
     number = K * N // per_piece
     assert found["bmm"] == number and found["stack"] <= number + 1 and found["mul_"] <= number
-    assert found.total() <= (4 if dtype == torch.bfloat16 else 3) * number + 12
+    copied = dtype != torch.float32 and not measure._WIDE_SUMS  # to float32, by an older torch
+    assert found.total() <= (3 + (dtype == torch.bfloat16) + copied) * number + 12
     assert "_local_scalar_dense" not in found, "nothing waits for the device"
