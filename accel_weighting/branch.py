@@ -28,22 +28,10 @@ from .rows import Rows, rows_of_features, rows_twice
 from .shared_layer import SharedLayer
 from .statistics import Method
 from .structures import argument, can_be_shared, mapped, tensors_in
-from .tracing import followed, graph_of, place
+from .tracing import exporting, followed, graph_of, place
 
 MANY = 200
 """The number of forwards without a call of `combine` after which a warning says that the losses go another way."""
-
-
-def _exporting() -> bool:
-    """Whether ``torch.export`` is running; torch before 2.7 does not tell."""
-    return torch.compiler.is_compiling() and _export_runs()
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _export_runs() -> bool:
-    """Asked while a trace is made, as plain Python: a trace of torch 2.11 would answer yes, whatever it is made for."""
-    exporting: bool = getattr(torch.compiler, "is_exporting", lambda: False)()
-    return exporting
 
 
 def _in_transform() -> bool:
@@ -280,7 +268,7 @@ class Branch(Gathering):
     def _rotated(self, z: Tensor, k: int) -> Tensor:
         if self.rotations is None:
             return z
-        if _exporting() or torch._C._get_tracing_state() is not None:
+        if exporting() or torch._C._get_tracing_state() is not None:
             raise errors.exported_rotations()
         if torch.compiler.is_compiling():
             R = torch.ops.accel_weighting.rotation(z.detach(), self.key, k)

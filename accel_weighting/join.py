@@ -18,6 +18,7 @@ from torch import Tensor
 from . import measure
 from .contexts import without_autocast
 from .rotations import Rotations
+from .tracing import exporting
 
 Gradients = Sequence[Tensor | None]
 """One gradient per alias, those of the first tensor in task order, then those of the second; None where none came."""
@@ -173,7 +174,7 @@ def join_of(tasks: tuple[str, ...], key: int) -> type[torch.autograd.Function]:
             ctx.saves = inputs is not None or mask is not None
             if ctx.saves:  # saved tensors, even None, forbid a second pass that the heads alone would allow
                 ctx.save_for_backward(inputs, mask)
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() and not exporting():  # an exported program has no operator of ours
                 # Views that leave a compiled graph, as at a break between two heads, are made anew from z itself, and
                 # copies that leave it are merged: gradients would pass by this backward, or come to one alias.
                 ones = [torch.ops.accel_weighting.ones(z, K) for z in zs]

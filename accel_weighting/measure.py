@@ -109,9 +109,10 @@ def gram(tensors: Sequence[Rows], with_sums: bool = False) -> Tensor:
         with_sums: Whether their sums follow, which cost next to nothing where one kernel reads all that is large.
     """
     total: Tensor | None = None
-    for rows in map(Gathered.of, tensors):
+    for given in tensors:
+        rows = Gathered.of(given)
         if rows.came:
-            products = _gram(rows, with_sums)
+            products = _gram(rows, with_sums and rows is given)
             total = products if total is None else total + products
     assert total is not None
     return total

@@ -33,6 +33,18 @@ def followed(function: F) -> F:
     return function if IS_FOLLOWED else torch.compiler.disable(function)  # type: ignore[no-untyped-call]
 
 
+def exporting() -> bool:
+    """Whether ``torch.export`` is running; torch before 2.7 does not tell."""
+    return torch.compiler.is_compiling() and _export_runs()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _export_runs() -> bool:
+    """Asked while a trace is made, as plain Python: a trace of torch 2.11 would answer yes, whatever it is made for."""
+    runs: bool = getattr(torch.compiler, "is_exporting", lambda: False)()
+    return runs
+
+
 TENSORS = 1 << 20
 """More than the shared tensors of one graph: a place tells its graph."""
 

@@ -46,7 +46,7 @@ MAY = {
     "processes": {"checks", "errors", "transfer"},
     "verdict": {"errors", "processes", "state", "statistics", "window"},
     "rotations": {"measure", "state", "statistics", "window"},
-    "join": {"contexts", "measure", "rotations"},
+    "join": {"contexts", "measure", "rotations", "tracing"},
     "walk": {"aliases", "join", "rows"},
     "audit": {"errors", "measure", "walk"},
     "linearity": {"join", "walk"},

@@ -6,6 +6,7 @@ Kernels of a GPU are counted without one: fake tensors on a device called cuda, 
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import accel_weighting
 from accel_weighting import measure, pieces
 from accel_weighting.measure import Gathered
 
@@ -213,6 +215,30 @@ def kernels_on_a_gpu(run: Callable[[list[Tensor]], Any], K: int, N: int, dtype: 
         with Kernels() as kernels:
             run(rows)
     return kernels.counts
+
+
+def test_without_a_kernel_that_can_be_used_torch_makes_the_products(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said once, and not tried again."""
+
+    class Kernels:
+        @staticmethod
+        def takes(rows: Gathered) -> bool:
+            return True
+
+        @staticmethod
+        def products_and_sum(rows: Gathered, with_sum: bool) -> tuple[Tensor, Tensor]:
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(measure, "_without_kernels", [])
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setitem(sys.modules, "accel_weighting.kernels", Kernels)
+    monkeypatch.setattr(accel_weighting, "kernels", Kernels, raising=False)
+    rows = Gathered(gradients(3, MILLION))
+    for _ in range(2):
+        assert measure._in_one_pass(rows, with_sum=True) is None and rows.total is None
+    assert caplog.text.count("Failed to find C compiler") == 1
 
 
 def test_a_small_product_and_its_sum_take_four_kernels() -> None:

@@ -126,6 +126,18 @@ def test_a_model_that_does_not_rotate_is_exported_as_it_is():
         torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore:While compiling, we found", "ignore:.*should not be instantiated")  # the trace's
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_program_has_no_operator_of_ours(strict):
+    """Exported in a training too, which needs no library where it is loaded."""
+    model, x = Model(), torch.randn(7, 4)
+    Weighter(GRADNORM, ["a", "b"], heads=dict(model.heads))
+    program = torch.export.export(model, (x,), strict=strict)
+    graphs = [module.graph for module in program.graph_module.modules() if hasattr(module, "graph")]
+    names = [str(node.target) for graph in graphs for node in graph.nodes]
+    assert any("linear" in name for name in names) and not any("accel_weighting" in name for name in names)
+
+
 @pytest.mark.parametrize("method", [GRADNORM, MGDA()], ids=["GradNorm", "MGDA"])
 @pytest.mark.parametrize(
     ("call", "words"),
