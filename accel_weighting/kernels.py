@@ -28,7 +28,7 @@ PROGRAMS = 16
 """Parallel parts of the pass for each multiprocessor of the GPU."""
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["steps"])  # type: ignore[untyped-decorator]
 def _products_and_sum(  # type: ignore[no-untyped-def]
     addresses, products, total, n, steps,
     TASKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WITH_SUM: tl.constexpr,
@@ -102,17 +102,19 @@ def products_and_sum(rows: Sequence[Tensor | None], with_sum: bool) -> tuple[Ten
     some = next(g for g in rows if g is not None)
     with torch.cuda.device(some.device):
         processors = torch.cuda.get_device_properties(some.device).multi_processor_count
-        most = processors * PROGRAMS
         tasks, n = triton.next_power_of_2(len(rows)), some.numel()
-        _try(some.device, some.dtype, tasks, with_sum, n % 16 == 0, _cut(some.dtype, tasks, n, most)[1] == 1)
-        return launch(rows, some, with_sum, most)
+        _try(some.device, some.dtype, tasks, with_sum, n % 16 == 0)
+        return launch(rows, some, with_sum, processors * PROGRAMS)
 
 
 def launch(rows: Sequence[Tensor | None], some: Tensor, with_sum: bool, most: int) -> tuple[Tensor, Tensor | None]:
     """The same, untried, in at most ``most`` parallel parts; ``some`` is one of the gradients that came."""
     K, n = len(rows), some.numel()
     tasks = triton.next_power_of_2(K)
-    programs, steps, block = _cut(some.dtype, tasks, n, most)
+    block = BLOCK // 2 if some.dtype == torch.float32 else BLOCK  # makes room for the other 11 bits
+    blocks = triton.cdiv(n, ROWS // tasks * block)
+    steps = triton.cdiv(blocks, most)
+    programs = triton.cdiv(blocks, steps)
     addresses = [0 if g is None else g.data_ptr() for g in rows] + [0] * (tasks - K)
     total = torch.empty_like(some) if with_sum else some
     found = torch.empty(programs, ROWS, ROWS, dtype=torch.float64, device=some.device)
@@ -125,19 +127,11 @@ def launch(rows: Sequence[Tensor | None], some: Tensor, with_sum: bool, most: in
     return (products + products.T) / 2, total if with_sum else None
 
 
-def _cut(dtype: torch.dtype, tasks: int, n: int, most: int) -> tuple[int, int, int]:
-    """Into how many parallel parts the pass is cut, the steps of each, and the entries of a row in one of these."""
-    block = BLOCK // 2 if dtype == torch.float32 else BLOCK  # makes room for the other 11 bits
-    blocks = triton.cdiv(n, ROWS // tasks * block)
-    steps = triton.cdiv(blocks, most)
-    return triton.cdiv(blocks, steps), steps, block
-
-
 @functools.cache
-def _try(device: torch.device, dtype: torch.dtype, tasks: int, with_sum: bool, even: bool, once: bool) -> None:
+def _try(device: torch.device, dtype: torch.dtype, tasks: int, with_sum: bool, even: bool) -> None:
     """Whether what Triton compiles for these arguments is right here: Triton 3.6 got one such kernel wrong.
 
-    It compiles anew for all of them, also for lengths that are multiples of 16 and for parts of one step.
+    It compiles anew for each of them, and for lengths that are multiples of 16.
 
     Raises:
         RuntimeError: It is not.
@@ -147,7 +141,7 @@ def _try(device: torch.device, dtype: torch.dtype, tasks: int, with_sum: bool, e
     exact = torch.randn(tasks, n, generator=generator).to(dtype).double()
     exact[-1] *= 2.0**-8
     rows = [g.to(device, dtype) for g in exact]
-    products, total = launch(rows, rows[0], with_sum, 1 << 12 if once else 1)
+    products, total = launch(rows, rows[0], with_sum, 2)
     difference = (products.cpu() - exact @ exact.T).abs() / torch.outer(*2 * [exact.norm(dim=1)])
     wrong = not bool(difference.max() <= 1e-5)
     if total is not None:

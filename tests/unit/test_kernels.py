@@ -47,6 +47,28 @@ def interpreted() -> None:
                     assert error <= K * torch.finfo(dtype).eps, (dtype, K, size, n, error)
 
 
+def tried() -> None:
+    """The trial before the first use passes what is right, and nothing else."""
+    from accel_weighting import kernels
+
+    attempt, right = kernels._try.__wrapped__, kernels.launch
+    for tasks, with_sum, even in ((1, True, True), (4, True, False), (16, False, True)):
+        for dtype in SIZES:
+            attempt(torch.device("cpu"), dtype, tasks, with_sum, even)
+    for what in ("products", "sum"):
+
+        def wrong(rows: Any, some: Tensor, with_sum: bool, most: int, what: str = what) -> tuple[Tensor, Tensor | None]:
+            products, total = right(rows, some, with_sum, most)
+            assert total is not None
+            products[0, -1] *= 1.01 if what == "products" else 1
+            total[7] += 1.0 if what == "sum" else 0
+            return products, total
+
+        kernels.launch = wrong
+        with pytest.raises(RuntimeError, match="the compiled kernel is wrong for 4 tasks"):
+            attempt(torch.device("cpu"), torch.float32, 4, True, True)
+
+
 def compiled() -> None:
     """For the oldest GPUs that the kernel takes, for Hopper and for Blackwell."""
     import triton
@@ -65,7 +87,7 @@ def compiled() -> None:
             assert found.asm["cubin"]
 
 
-@pytest.mark.parametrize(("run", "interpret"), [(interpreted, "1"), (compiled, "0")], ids=["interpreted", "compiled"])
+@pytest.mark.parametrize(("run", "interpret"), [(interpreted, "1"), (tried, "1"), (compiled, "0")])
 def test_the_kernel(run: Any, interpret: str) -> None:
     """In a process of its own: Triton is told at its import whether to interpret."""
     code = f"from tests.unit.test_kernels import {run.__name__}; {run.__name__}(); print('done')"
