@@ -338,13 +338,13 @@ class Branch(Gathering):
             forward = Forward(graph_task)
         elif (missing := [z for z in zs if forward.aliases(z) is None]) and k in forward.taken:
             forward, missing = Forward(graph_task), zs  # its head again, on something new: the next forward
-        forward.taken.add(k)
-        self._forward = forward
         if missing:
             self._before_join()
             missing = _distinct(missing)
             divided = self._tapped(missing) or self._divided(missing)
             forward.joined += [(z, 0, aliases) for z, aliases in zip(missing, divided, strict=True)]
+        forward.taken.add(k)
+        self._forward = forward
         return [self._rotated(forward.alias(z, k), k) for z in zs]
 
     def _alias_compiled(self, zs: Sequence[Tensor], k: int) -> list[Tensor]:

@@ -144,7 +144,7 @@ def _in_one_pass(rows: Gathered, with_sum: bool) -> Tensor | None:
         return None
     try:
         products, rows.total = kernels.products_and_sum(rows, with_sum)
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
         _without_kernels.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
