@@ -304,7 +304,8 @@ class Loop:
 
         Raises:
             RuntimeError: The window is empty, a loss never reached the branch, the processes disagree, or too many
-                steps in a row were not finite. What depends on other processes is raised on all of them.
+                steps in a row were not finite. What depends on other processes is raised on all of them. On a GPU what
+                the sums say is raised at the next use of the state, mostly in the next forward or ``combine``.
         """
         if self._several is not None or self._optimizers.repeats:
             return
