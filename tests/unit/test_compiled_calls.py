@@ -6,7 +6,11 @@ Inductor runs where there is a C++ compiler, and without one the compiler's fron
 from __future__ import annotations
 
 import copy
+import getpass
+import os
 import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +27,14 @@ WHAT = ["model", "trunk", "a head", "heads"]
 pytestmark = pytest.mark.filterwarnings(  # torch's own
     "ignore:The .grad attribute of a Tensor", "ignore:.*should not be instantiated", "ignore::DeprecationWarning"
 )
+
+
+@pytest.fixture(autouse=True)
+def cache_of_this_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor compiles with headers from its cache, which it also finds if they are for other lengths of vectors."""
+    if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+        folder = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_{capability}"
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def mean(x: Tensor) -> Tensor:
